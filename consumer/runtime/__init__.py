@@ -1,0 +1,1 @@
+"""The shell: Kafka, HTTP, Stripe and clocks around the two pure stages."""

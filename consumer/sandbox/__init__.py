@@ -1,0 +1,1 @@
+"""What the demo and the tests need: an embedded broker, a Stripe stand-in, traffic and its oracle."""
