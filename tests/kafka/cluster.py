@@ -1,0 +1,65 @@
+"""Where the tests' Kafka comes from: an address in the environment, Docker, or a broker started here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from consumer.sandbox.kafka import VERSION, Kafka, KafkaUnavailableError, LocalKafka, free_ports, server_properties
+
+ADDRESS = "TALLYMAN_TEST_KAFKA"
+
+
+@contextmanager
+def running_kafka() -> Iterator[Kafka]:
+    """A real Kafka, from the first source there is; KafkaUnavailableError, with all cures, where there is none."""
+    if address := os.environ.get(ADDRESS):
+        given = Kafka(address)
+        if not given.answers():
+            raise ConnectionError(f"no Kafka answers at {address}, the address in {ADDRESS}")
+        yield given
+    elif _docker_answers():
+        with _container() as kafka:
+            yield kafka
+    else:
+        try:
+            local = LocalKafka()
+        except KafkaUnavailableError as error:
+            raise KafkaUnavailableError(f"{error}; or start Docker; or set {ADDRESS} to a Kafka's address") from error
+        with local:
+            yield local
+
+
+def _docker_answers() -> bool:
+    try:
+        asked = subprocess.run(["docker", "version"], capture_output=True, timeout=5.0, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == 0
+
+
+@contextmanager
+def _container() -> Iterator[Kafka]:
+    from testcontainers.core.container import DockerContainer  # noqa: PLC0415 - slow, and needs an engine
+
+    container = DockerContainer(f"apache/kafka:{VERSION}")
+    port, _ = free_ports()
+    kafka = Kafka(f"{container.get_docker_client().host()}:{port}")
+    properties = {
+        **server_properties(),
+        "listeners": f"PLAINTEXT://0.0.0.0:{port},CONTROLLER://localhost:9093",
+        "advertised.listeners": f"PLAINTEXT://{kafka.bootstrap_servers}",
+        "controller.quorum.voters": "1@localhost:9093",
+    }
+    for key, value in properties.items():
+        container.with_env("KAFKA_" + key.upper().replace(".", "_"), value)
+    with container.with_bind_ports(port, port):
+        deadline = time.monotonic() + 60.0
+        while not kafka.answers():
+            if time.monotonic() > deadline:
+                log = b"".join(container.get_logs()).decode(errors="replace")
+                raise TimeoutError(f"Kafka does not answer 60 s after its container started:\n{log[-2000:]}")
+        yield kafka
