@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
-from consumer.sandbox.kafka import Kafka, KafkaUnavailableError
+from consumer.sandbox.kafka import Kafka, KafkaUnavailableError, LocalKafka
 from tests.kafka.cluster import running_kafka
 
 _UNAVAILABLE = pytest.StashKey[str]()
@@ -16,16 +17,26 @@ _UNAVAILABLE = pytest.StashKey[str]()
 @pytest.fixture(scope="session")
 def kafka(request: pytest.FixtureRequest) -> Iterator[Kafka]:
     """A real Kafka, shared by the session: every test uses topics and groups of its own."""
-    source = running_kafka()
+    with ExitStack() as running:
+        try:
+            kafka = running.enter_context(running_kafka())
+        except KafkaUnavailableError as error:
+            if os.environ.get("CI"):
+                raise
+            request.config.stash[_UNAVAILABLE] = str(error)
+            pytest.skip(f"no real Kafka: {error}")
+        yield kafka
+
+
+@pytest.fixture
+def own_kafka() -> Iterator[LocalKafka]:
+    """A local broker for one test that stops or kills it."""
     try:
-        running = source.__enter__()
+        broker = LocalKafka()
     except KafkaUnavailableError as error:
-        if os.environ.get("CI"):
-            raise
-        request.config.stash[_UNAVAILABLE] = str(error)
-        pytest.skip(f"no real Kafka: {error}")
-    yield running
-    source.__exit__(None, None, None)
+        pytest.skip(f"no local Kafka to stop and start: {error}")
+    with broker:
+        yield broker
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -84,7 +84,7 @@ class LocalKafka(Kafka):
     """
 
     def __init__(self) -> None:
-        self._java = _command("java", "default-jre-headless")
+        self._java = _command("java")
         self._classpath = f"{_artifacts()}/*"
         self._folder = Path(tempfile.mkdtemp(prefix="tallyman-kafka-"))
         port, self._controller_port = free_ports()
@@ -124,7 +124,7 @@ class LocalKafka(Kafka):
             )
         # If we are killed, the pipe closes and the guard ends the broker that would be left behind.
         self._guard = subprocess.Popen(  # noqa: S603 - our own command line
-            [_command("sh", "dash"), "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
+            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -231,18 +231,20 @@ def _artifacts() -> Path:
     with (cache / f"kafka-{VERSION}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not libraries.is_dir():
+            for interrupted in cache.glob(f"{libraries.name}-fetching-*"):
+                shutil.rmtree(interrupted, ignore_errors=True)
             _fetch(libraries)
     return libraries
 
 
 def _fetch(libraries: Path) -> None:
-    maven = _command("mvn", "maven")
+    maven = _command("mvn")
     dependencies = "".join(
         f"<dependency><groupId>{escape(group)}</groupId><artifactId>{escape(name)}</artifactId>"
         f"<version>{escape(version)}</version></dependency>"
         for group, name, version in _ARTIFACTS
     )
-    with tempfile.TemporaryDirectory(prefix="fetching-", dir=libraries.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{libraries.name}-fetching-", dir=libraries.parent) as scratch:
         project, fetched = Path(scratch, "pom.xml"), Path(scratch, "libraries")
         project.write_text(
             "<project><modelVersion>4.0.0</modelVersion><groupId>tallyman</groupId><artifactId>kafka</artifactId>"
@@ -265,12 +267,12 @@ def _fetch(libraries: Path) -> None:
         fetched.rename(libraries)
 
 
-def _command(name: str, package: str) -> str:
+def _command(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         raise KafkaUnavailableError(
-            f"a local Kafka needs the command {name} (Java 17 or newer, and Maven for the first time): "
-            f"apt-get install {package}"
+            f"a local Kafka needs the command {name}: it runs on Java 17 or newer and is fetched by Maven, once "
+            "(apt-get install default-jre-headless maven)"
         )
     return path
 

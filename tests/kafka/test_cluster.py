@@ -23,7 +23,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
-from consumer.sandbox.kafka import Arrival, Kafka
+from consumer.sandbox.kafka import Arrival, Kafka, LocalKafka
 
 pytestmark = pytest.mark.kafka
 
@@ -276,3 +276,38 @@ def test_a_time_after_the_last_record_has_no_offset(kafka: Kafka, topic: str, re
 
     assert first_at(LONG_AGO_MS) == 0
     assert first_at(in_an_hour) == NO_SUCH_RECORD
+
+
+def test_a_broker_that_was_killed_comes_back_with_its_address_and_its_records(own_kafka: LocalKafka) -> None:
+    own_kafka.create_topic("outage")
+    address = own_kafka.bootstrap_servers
+    write(Producer({"bootstrap.servers": address}), "outage", "before")
+
+    own_kafka.kill()
+    assert not own_kafka.answers()
+    own_kafka.start()
+
+    assert own_kafka.bootstrap_servers == address
+    write(Producer({"bootstrap.servers": address}), "outage", "after")
+    consumer = Consumer({"bootstrap.servers": address, "group.id": "facts", "enable.partition.eof": True})
+    consumer.assign([TopicPartition("outage", 0, 0)])
+    assert values(read_to_end(consumer)[0]) == [b"before", b"after"]
+    consumer.close()
+
+
+def test_the_first_offset_of_a_time_depends_on_the_isolation_while_a_transaction_is_open(
+    transactions: Producer, topic: str, reader: Callable[..., Consumer]
+) -> None:
+    """Told "no such record", a reader that started at the uncommitted end would lose the open transaction."""
+    transactions.begin_transaction()
+    write(transactions, topic, "open")
+
+    def first_at(isolation: str) -> int:
+        consumer = reader(isolation_level=isolation)
+        [found] = consumer.offsets_for_times([TopicPartition(topic, 0, LONG_AGO_MS)], timeout=20.0)
+        assert found.error is None
+        return found.offset
+
+    assert first_at("read_uncommitted") == 0
+    assert first_at("read_committed") == NO_SUCH_RECORD
+    transactions.abort_transaction()
