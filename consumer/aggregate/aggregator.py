@@ -1,0 +1,339 @@
+"""Stage 1 on one partition: records in, totals out, and nothing else decides.
+
+The same log with the same recorded clock advances yields the same totals, byte for byte, wherever it is cut into
+batches and commits: whether a bucket is open is told by the log clock, and no decision looks at what is in memory, at
+the time of day or at who is reading. (The one exception is a record dated ahead of the reader's clock on a topic whose
+producers date the records: see ``step``.)
+"""
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+from xxhash import xxh64_intdigest
+
+from consumer import deadletters, totals
+from consumer.aggregate import buckets, ledger
+from consumer.aggregate.buckets import Buckets
+from consumer.aggregate.clock import AGREEMENT
+from consumer.aggregate.counting import Counting
+from consumer.aggregate.duplicates import INTERVALS, Chunk, Remembered
+from consumer.aggregate.ledger import MeterBook, PartitionBook
+from consumer.aggregate.meters import Meter, Source, identifier
+from consumer.aggregate.readers import Uncountable, paths_of
+from consumer.deadletters import LARGEST_VALUE, DeadLetter
+from consumer.events import Decoder, Event, Headers, Malformed, parse_time
+from consumer.storage import Append, Changes, Log
+from consumer.totals import Advance, Total
+
+Record = tuple[int, tuple[int, int], bytes | None, Headers, bytes | None]
+"""Offset, (timestamp type, timestamp in milliseconds), key, headers, value; as the Kafka client gives them."""
+
+LOG_APPEND_TIME: Final = 2
+"""The type of a timestamp that the broker gave."""
+
+CLOSINGS_PER_COMMIT: Final = 10_000
+"""So that a backlog's many windows make no commit that takes long or grows without bound."""
+
+_PARTITION_BOOK: Final = b"p"
+_METER_BOOK: Final = b"m"
+_CHUNK: Final = b"i"
+_CHUNK_KEY: Final = struct.Struct(">QI")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What all partitions of a pipeline have in common. Times in milliseconds."""
+
+    meters: tuple[Meter, ...]
+    bill_from: int
+    settle: int
+    deduplicate_for: int
+
+
+class Aggregator:
+    """The processor of one partition of the source topic. After an exception it has to be dropped and restored."""
+
+    def __init__(
+        self, rules: Rules, source: Source, offset: int, entries: Iterable[tuple[bytes, bytes]] = (), *, clock: int = 0
+    ) -> None:
+        """Take up work at ``offset`` with the entries of the last commit; ``clock`` is for a partition without any."""
+        self.source = source
+        self.offset = offset
+        self._settle = rules.settle
+        self._bill_from = rules.bill_from
+        self._buckets = Buckets()
+        self.book = PartitionBook(clock=clock)
+        self._meter_books: dict[str, MeterBook] = {}
+        self._appends: list[Append] = []
+        self._changed = False
+        self._restore(entries, rules.deduplicate_for)
+        self._interval_end = self._remembered.enter(self.book.arrival)
+        self._decoder = Decoder(
+            {path for meter in rules.meters for path in paths_of(meter)},
+            {meter.customer for meter in rules.meters if isinstance(meter.customer, str)},
+        )
+        self._by_type: dict[str, tuple[Counting, ...]] = {}
+        for meter in rules.meters:
+            counting = Counting(
+                meter,
+                edition=meter.edition(settle=rules.settle, deduplicate_for=rules.deduplicate_for),
+                settle=rules.settle,
+                decoder=self._decoder,
+                buckets=self._buckets,
+                book=self._meter_books.setdefault(meter.name, MeterBook()),
+                partition=self.book,
+            )
+            for event_type in meter.event_types:
+                self._by_type[event_type] = (*self._by_type.get(event_type, ()), counting)
+        self._only = {kind: all_[0] for kind, all_ in self._by_type.items() if len(all_) == 1 and not all_[0].matches}
+        """The types of which every event counts in one meter: the usual case, and the fast one."""
+
+    # Reading
+
+    def step(self, records: Sequence[Record], now: int) -> int:  # noqa: C901, PLR0912, PLR0915 - the hot path, in one piece
+        """Read records in the order of their offsets, and return how many of them were taken.
+
+        ``now`` is the reader's clock. A record that the broker dates more than five minutes ahead of it is not taken,
+        nor what follows: one of the clocks is wrong, and the partition waits until they agree. One that its producer
+        dates so is a dead letter and moves nothing.
+        """
+        decode, only, bill_from = self._decoder.decode, self._only, self._bill_from
+        remembered = self._remembered
+        seen, fresh, interval = remembered.seen, remembered.fresh, remembered.interval
+        ahead = now + AGREEMENT
+        arrival = self.book.arrival
+        taken = counted = duplicate = unkeyed = 0
+        for record in records:
+            offset, (stamp_type, stamp), key, headers, value = record
+            if stamp > ahead:
+                if stamp_type == LOG_APPEND_TIME:
+                    break
+            elif stamp > arrival:
+                arrival = stamp
+                self._arrived(stamp)
+                interval = remembered.interval
+            taken += 1
+            if key is None:
+                unkeyed += 1
+            if value is None:
+                self._ignore("tombstone")
+                continue
+            try:
+                if stamp > ahead:
+                    raise Uncountable("arrival_in_future", "its record is dated more than 5 minutes ahead")  # noqa: TRY301
+                event = decode(headers, value)
+                meter = only.get(event.type)
+                meters = () if meter else self._matching(event)
+                if meter is None and not meters:
+                    self._ignore("unmatched")
+                    continue
+                at = stamp if event.time is None else parse_time(event.time)
+                if at < bill_from:
+                    self._ignore("before_bill_from")
+                    continue
+                source = event.source
+                digest = xxh64_intdigest(f"{len(source)}:{source}{event.id}".encode())
+                last = seen.get(digest)
+                if last is not None and interval - last <= INTERVALS:
+                    duplicate += 1
+                    if last != interval:
+                        seen[digest] = interval
+                        fresh.append(digest)
+                    continue
+                if meter:
+                    customer, quantity = meter.read(event, arrival - at)
+                else:
+                    parts = [(each, *each.read(event, arrival - at)) for each in meters]
+            except (Malformed, Uncountable) as refused:
+                self._bury(record, refused.reason, refused.detail)
+                continue
+            except ValueError as wrong:
+                self._bury(record, "time_invalid", str(wrong))
+                continue
+            counted += 1
+            seen[digest] = interval
+            fresh.append(digest)
+            if meter:
+                meter.add(at, customer, quantity, offset)
+            else:
+                for each, customer, quantity in parts:
+                    each.add(at, customer, quantity, offset)
+        if taken:
+            self._changed = True
+            self.offset = records[taken - 1][0] + 1
+            self.book.consumed += taken
+            self.book.counted += counted
+            self.book.duplicate += duplicate
+            self.book.unkeyed += unkeyed
+        return taken
+
+    def _arrived(self, arrival: int) -> None:
+        """The largest arrival so far moves the clock, and with it what is remembered."""
+        book = self.book
+        book.arrival = arrival
+        if arrival > book.clock:
+            book.clock = arrival
+        if arrival >= self._interval_end:
+            self._interval_end = self._remembered.enter(arrival)
+
+    def _matching(self, event: Event) -> list[Counting]:
+        return [m for m in self._by_type.get(event.type, ()) if m.matches is None or m.matches(event)]
+
+    def advance(self, clock: int) -> None:
+        """Move the clock of a quiet partition: all that its log holds has been read, and it is this late by evidence.
+
+        The advance is appended to the totals log, for it decides which bucket a later arrival goes to.
+        """
+        if clock > self.book.clock:
+            self.book.clock = clock
+            self._changed = True
+            advance = Advance(self.source.partition, self.offset, clock)
+            self._appends.append(Append(Log.TOTALS, b"%d" % self.source.partition, totals.encode(advance)))
+
+    @property
+    def next_close(self) -> int | None:
+        """The clock at which the next bucket closes."""
+        next_due = self._buckets.next_due
+        return None if next_due is None else next_due + self._settle
+
+    @property
+    def closing(self) -> bool:
+        """Whether buckets wait to be closed by the next commit."""
+        next_close = self.next_close
+        return next_close is not None and next_close <= self.book.clock
+
+    @property
+    def open_keys(self) -> int:
+        """(Bucket, customer) pairs in memory."""
+        return self._buckets.keys
+
+    @property
+    def open_buckets(self) -> int:
+        return len(self._buckets.open)
+
+    @property
+    def remembered(self) -> int:
+        """Event ids in memory."""
+        return len(self._remembered)
+
+    @property
+    def meter_books(self) -> dict[str, MeterBook]:
+        """The books of all meters that ever counted here."""
+        return self._meter_books
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to commit."""
+        return self._changed or self.closing
+
+    # Committing
+
+    def commit(self) -> Changes:
+        """Close what is due, at most 10,000 totals of it, and say what has to be made durable."""
+        closings = self._buckets.close(self.book.clock - self._settle, CLOSINGS_PER_COMMIT)
+        appends, self._appends = self._appends, []
+        for closing in closings:
+            total = self._total(closing)
+            book = self._meter_books[total.meter]
+            book.total_events += closing.row[1]
+            book.total_value += closing.row[0]
+            book.totals += 1
+            appends.append(Append(Log.TOTALS, closing.customer.encode(), totals.encode(total)))
+        puts, deletes = self._buckets.changes()
+        chunks, dropped = self._remembered.changes()
+        for chunk in chunks:
+            puts[_CHUNK + _CHUNK_KEY.pack(chunk.interval, chunk.number)] = chunk.digests
+        deletes.extend(_CHUNK + _CHUNK_KEY.pack(interval, number) for interval, number in dropped)
+        puts[_PARTITION_BOOK] = ledger.encode(self.book)
+        for name, book in self._meter_books.items():
+            puts[_METER_BOOK + name.encode()] = ledger.encode(book)
+        self._changed = False
+        return Changes(self.offset, puts, deletes, appends)
+
+    def _total(self, closing: buckets.Closing) -> Total:
+        bucket, customer, row = closing
+        header = bucket.header
+        return Total(
+            identifier=identifier(
+                self.source,
+                meter=header.meter,
+                edition=bucket.edition,
+                customer=customer,
+                start=bucket.start,
+                window=header.window,
+                revision=bucket.revision,
+            ),
+            pipeline=self.source.pipeline,
+            meter=header.meter,
+            edition=bucket.edition.hex(),
+            partition=self.source.partition,
+            window_start=bucket.start // 1000,
+            window=header.window,
+            revision=bucket.revision,
+            due=header.due,
+            customer=customer,
+            value=totals.plain(row[0]),
+            events=row[1],
+            timestamp=row[2] // 1000,
+            first_offset=row[3],
+            last_offset=row[4],
+            stripe=header.stripe,
+        )
+
+    def _ignore(self, reason: str) -> None:
+        self.book.ignored[reason] = self.book.ignored.get(reason, 0) + 1
+
+    def _bury(self, record: Record, reason: str, detail: str) -> None:
+        offset, (_, stamp), key, headers, value = record
+        self.book.dead[reason] = self.book.dead.get(reason, 0) + 1
+        letter = DeadLetter(self.source.partition, offset, stamp, reason, detail)
+        if value is not None and len(value) <= LARGEST_VALUE:
+            letter = msgspec.structs.replace(letter, key=key, headers=list(headers or ()), value=value)
+        self._appends.append(Append(Log.DEAD_LETTERS, b"%d" % self.source.partition, deadletters.encode(letter)))
+
+    def _restore(self, entries: Iterable[tuple[bytes, bytes]], deduplicate_for: int) -> None:
+        rows: list[tuple[bytes, bytes]] = []
+        chunks: list[Chunk] = []
+        for key, value in entries:
+            if buckets.owns(key):
+                rows.append((key, value))
+            elif key[:1] == _CHUNK:
+                interval, number = _CHUNK_KEY.unpack(key[1:])
+                chunks.append(Chunk(interval, number, value))
+            elif key[:1] == _METER_BOOK:
+                self._meter_books[key[1:].decode()] = ledger.decode(value, MeterBook)
+            elif key == _PARTITION_BOOK:
+                self.book = ledger.decode(value, PartitionBook)
+            else:
+                raise UnknownEntryError(f"partition {self.source.partition} has an entry of unknown kind: {key[:40]!r}")
+        self._buckets.restore(rows)
+        self._remembered = Remembered(deduplicate_for, chunks)
+        self.check()
+
+    def check(self) -> None:
+        """Conservation: every event read is accounted for. Raises ``UnbalancedError``, naming what does not add up."""
+        partition = self.source.partition
+        if not self.book.balanced():
+            raise UnbalancedError(f"partition {partition}: records read and what became of them differ: {self.book}")
+        held = self._buckets.sums()
+        for name, book in self._meter_books.items():
+            events, value = held.pop(name, (0, 0))
+            if (book.events, book.value) != (events + book.total_events, value + book.total_value):
+                raise UnbalancedError(
+                    f"partition {partition}, meter {name}: counted {book.events} events worth "
+                    f"{totals.plain(book.value)}, but open buckets hold {events} worth {totals.plain(value)} "
+                    f"and totals {book.total_events} worth {totals.plain(book.total_value)}"
+                )
+        if held:
+            raise UnbalancedError(f"partition {partition}: open buckets of meters that never counted: {sorted(held)}")
+
+
+class UnknownEntryError(Exception):
+    """The state was written by something newer, or is not this service's."""
+
+
+class UnbalancedError(Exception):
+    """Conservation is broken: the state cannot be trusted."""

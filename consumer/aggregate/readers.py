@@ -1,0 +1,176 @@
+"""What a meter reads from an event: whether it counts it, for whom, and how much."""
+
+from collections.abc import Callable, Set
+from decimal import Decimal
+from typing import Final
+
+import msgspec
+
+from consumer.aggregate.meters import Meter, Path, Scalar
+from consumer.aggregate.numbers import NotAQuantity, quantity
+from consumer.events import Decoder, Event
+from consumer.totals import SCALE, SCALE_DIGITS
+
+LONGEST_CUSTOMER: Final = 255
+"""Bytes."""
+
+_CACHED: Final = 50_000
+"""Pieces of text whose meaning is kept; a value seen again is then not parsed again."""
+_SHORT: Final = 5
+"""Bytes of a number that may well come again; there are at most some 100 000 of them."""
+_UNIT: Final = tuple(10 ** (SCALE_DIGITS - n) for n in range(SCALE_DIGITS + 1))
+
+RawText = Callable[[Event], msgspec.Raw | msgspec.UnsetType]
+
+
+class Uncountable(Exception):
+    """An event that a meter should count has something missing or wrong in it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def paths_of(meter: Meter) -> list[Path]:
+    """The places in the data that the meter reads."""
+    value = [meter.value] if meter.value is not None else []
+    customer = [meter.customer] if isinstance(meter.customer, tuple) else []
+    return [path for path, _ in meter.where] + value + customer
+
+
+def filter_of(meter: Meter, decoder: Decoder) -> Callable[[Event], bool] | None:
+    """Whether the meter counts an event of its types; None where it counts all of them."""
+    conditions = [_condition(decoder.raw(path), allowed) for path, allowed in meter.where]
+    if not conditions:
+        return None
+    return lambda event: all(holds(event) for holds in conditions)
+
+
+def customer_reader(meter: Meter, decoder: Decoder) -> Callable[[Event], str]:
+    """For whom an event counts. Raises ``Uncountable``."""
+    if isinstance(meter.customer, str):
+        return _customer_attribute(decoder.attribute(meter.customer), meter.customer)
+    return _customer_at(decoder.raw(meter.customer), meter)
+
+
+def quantity_reader(meter: Meter, decoder: Decoder, rounded: Callable[[], None]) -> Callable[[Event], int]:
+    """How much an event counts, in units of 10⁻¹². Raises ``Uncountable``; tells ``rounded`` when decimals are lost."""
+    if meter.value is None:
+        return lambda _: SCALE
+    return _quantity(decoder.raw(meter.value), meter, rounded)
+
+
+def _condition(get: RawText, allowed: tuple[Scalar, ...]) -> Callable[[Event], bool]:
+    # True == 1 in Python, and never in a filter.
+    wanted: set[tuple[bool, Scalar]] = {
+        (isinstance(value, bool), Decimal(value) if type(value) is int else value) for value in allowed
+    }
+    known: dict[bytes, bool] = {}
+
+    def holds(event: Event) -> bool:
+        raw = get(event)
+        if isinstance(raw, msgspec.UnsetType):
+            return False
+        text = bytes(raw)
+        answer = known.get(text)
+        if answer is None:
+            answer = _is_one_of(text, wanted)
+            if len(known) < _CACHED:
+                known[text] = answer
+        return answer
+
+    return holds
+
+
+def _is_one_of(text: bytes, wanted: Set[tuple[bool, Scalar]]) -> bool:
+    if text[:1] in b'"tf' and text:
+        value = msgspec.json.decode(text)
+        return (isinstance(value, bool), value) in wanted
+    try:
+        number, _ = quantity(text, decimals=SCALE_DIGITS, allow_negative=True)
+    except NotAQuantity:
+        return False
+    exact = Decimal(text.decode("ascii"))
+    return exact == Decimal(number).scaleb(-SCALE_DIGITS) and (False, exact) in wanted
+
+
+def _customer_attribute(get: Callable[[Event], str | None], name: str) -> Callable[[Event], str]:
+    def customer(event: Event) -> str:
+        found = get(event)
+        if not found:
+            raise Uncountable("customer_missing", f"the attribute {name}, which names the customer, is absent")
+        if len(found) > LONGEST_CUSTOMER // 4 and len(found.encode()) > LONGEST_CUSTOMER:
+            raise Uncountable(
+                "customer_too_long", f"the customer is longer than {LONGEST_CUSTOMER} bytes: {found[:60]}…"
+            )
+        return found
+
+    return customer
+
+
+def _customer_at(get: RawText, meter: Meter) -> Callable[[Event], str]:
+    known: dict[bytes, str] = {}
+
+    def customer(event: Event) -> str:
+        raw = get(event)
+        if isinstance(raw, msgspec.UnsetType):
+            raise Uncountable("customer_missing", f"there is no customer at {shown(meter.customer)}")
+        text = bytes(raw)
+        found = known.get(text)
+        if found is None:
+            found = _customer_named(text, meter)
+            if len(known) < _CACHED:
+                known[text] = found
+        return found
+
+    return customer
+
+
+def _customer_named(text: bytes, meter: Meter) -> str:
+    value = msgspec.json.decode(text) if len(text) <= 6 * LONGEST_CUSTOMER else text.decode("utf-8", "replace")
+    if type(value) is int:
+        value = str(value)
+    if not isinstance(value, str) or not value:
+        raise Uncountable("customer_invalid", f"the customer at {shown(meter.customer)} is no string: {text[:60]!r}")
+    if len(value.encode("utf-8", "surrogatepass")) > LONGEST_CUSTOMER:
+        raise Uncountable("customer_too_long", f"the customer is longer than {LONGEST_CUSTOMER} bytes: {value[:60]}…")
+    return value
+
+
+def _quantity(get: RawText, meter: Meter, rounded: Callable[[], None]) -> Callable[[Event], int]:
+    decimals, allow_negative = meter.decimals, meter.allow_negative
+    known: dict[bytes, int] = {}
+
+    def read(event: Event) -> int:
+        raw = get(event)
+        if isinstance(raw, msgspec.UnsetType):
+            raise Uncountable("value_missing", f"there is no value at {shown(meter.value)}")
+        text = bytes(raw)
+        value = known.get(text)
+        if value is not None:
+            return value
+        whole, point, fraction = text.partition(b".")
+        # The two plain forms that nearly all events have; everything else is read with care.
+        if len(whole) <= 15 and whole.isdigit() and len(fraction) <= decimals and (fraction.isdigit() or not point):
+            value = int(whole + fraction) * _UNIT[len(fraction)]
+        else:
+            try:
+                value, inexact = quantity(text, decimals=decimals, allow_negative=allow_negative)
+            except NotAQuantity as refused:
+                raise Uncountable(refused.reason, f"at {shown(meter.value)}: {refused}") from None
+            if inexact:
+                rounded()
+                return value
+        if len(text) <= _SHORT:
+            known[text] = value
+        return value
+
+    return read
+
+
+def shown(path: Path | str | None) -> str:
+    """A path as the configuration writes it."""
+    if not isinstance(path, tuple):
+        return str(path)
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)

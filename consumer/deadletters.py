@@ -1,0 +1,36 @@
+"""Dead letters: events that cannot be counted, kept with the reason so that they can be mended and sent again."""
+
+from typing import Final
+
+import msgspec
+
+LARGEST_VALUE: Final = 256 * 1024
+"""Bytes of an event kept in its letter; of a larger one only the place in its topic is kept."""
+
+
+class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One event that could not be counted, where it was read, and why."""
+
+    partition: int
+    offset: int
+    timestamp: int
+    """The record's timestamp, in milliseconds: its arrival, and its event time if it names none."""
+    reason: str
+    """Short and stable; the label of the metric."""
+    detail: str
+    """For people: what is wrong with it."""
+    key: bytes | None = None
+    headers: list[tuple[str, bytes | None]] | None = None
+    value: bytes | None = None
+    """None if it is larger than 256 KB; then it has to be read at its offset."""
+    meter: str | None = None
+
+
+def encode(letter: DeadLetter) -> bytes:
+    """One record of the dead-letter log: JSON, with bytes in base64."""
+    return msgspec.json.encode(letter)
+
+
+def decode(value: bytes) -> DeadLetter:
+    """The letter that was encoded."""
+    return msgspec.json.decode(value, type=DeadLetter)
