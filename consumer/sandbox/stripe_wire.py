@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import sys
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -83,7 +84,9 @@ def read_call(method: str, path: str, form: str, authorization: str = "", idempo
             if not isinstance(inner, dict):
                 inner = place[key] = {}
             place = inner
-        place[keys[-1]] = value
+        place[sys.intern(keys[-1])] = value  # kept for every event, and there are few
+    if idempotency_key == params.get("identifier"):
+        idempotency_key = params["identifier"]  # one string to keep
     return Call(method, path, pairs, params, authorization, idempotency_key)
 
 
