@@ -1,0 +1,489 @@
+"""Usage events: CloudEvents 1.0 read from Kafka records, as far as the meters need them.
+
+Almost every record is one JSON object (structured mode). It is decoded in a single typed pass that builds only the
+context attributes and the data members some meter reads; data members stay raw JSON text, so that no number passes
+through a binary float. Whatever that pass refuses is read again by the general path, which takes its time to accept
+data of another shape or to say what is wrong.
+"""
+
+import base64
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
+from itertools import takewhile
+from operator import attrgetter
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+Headers = Sequence[tuple[str, bytes | None]] | None
+"""The headers of a Kafka record, in the form in which the client gives them."""
+
+Path = tuple[str | int, ...]
+"""A place in the data: `$.tokens.total` is `("tokens", "total")`, `$.items[0].n` is `("items", 0, "n")`."""
+
+Reason = Literal[
+    "not_json",
+    "not_cloudevents",
+    "unsupported_specversion",
+    "missing_attribute",
+    "invalid_attribute",
+    "duplicate_attribute",
+    "ambiguous_data",
+    "binary_data",
+    "batch_mode",
+    "undecodable",
+]
+
+_Piece = TypeVar("_Piece", bound=str | bytes)
+_Value = TypeVar("_Value")
+_NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class Malformed(Exception):
+    """A record that is not a usable event: a stable reason to count by, and a detail, of bounded length, for people."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail[:200]
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """The context of a usage event. What else the meters read is behind the getters of the decoder that made it.
+
+    `time` is the text as it came, judged by whoever needs the instant (`parse_time`).
+    """
+
+    specversion: Literal["1.0"]
+    id: _NonEmpty
+    source: _NonEmpty
+    type: _NonEmpty
+    time: str | None = None
+    subject: _NonEmpty | None = None
+    datacontenttype: _NonEmpty | None = None
+    dataschema: _NonEmpty | None = None
+
+
+_REQUIRED: Final = ("specversion", "id", "source", "type")
+_CONTEXT: Final = Event.__struct_fields__
+
+_OBJECT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ARRAY: Final = msgspec.json.Decoder(list[msgspec.Raw])
+_STRING: Final = msgspec.json.Decoder(str | None)
+_SCALAR: Final = msgspec.json.Decoder(str | bool | int | None)
+
+
+class _Memory(dict[_Piece, _Value]):
+    """What a function made of the pieces of text that keep coming back; bounded, since anybody can send new ones."""
+
+    def __init__(self, of: Callable[[_Piece], _Value]) -> None:
+        super().__init__()
+        self._of = of
+
+    def __missing__(self, piece: _Piece) -> _Value:
+        value = self._of(piece)
+        if len(piece) <= 100:
+            if len(self) >= 16_384:
+                self.clear()
+            self[piece] = value
+        return value
+
+
+# Paths into the data
+
+_STEP: Final = re.compile(
+    r"""\.(?P<name>[\w-]+)
+      | \[(?P<index>[0-9]{1,9})\]
+      | \[(?P<quote>['"])(?P<quoted>(?:\\['"\\]|(?!(?P=quote))[^\\])*)(?P=quote)\]""",
+    re.VERBOSE,
+)
+_ESCAPED: Final = re.compile(r"\\(.)")
+
+
+def parse_path(text: str) -> Path:
+    """Read a path such as `$.tokens.total`, `$.items[0].n` or `$['any name'].n`.
+
+    Raises ValueError with the place at which the text stops being a path.
+    """
+    if not text.startswith("$"):
+        raise ValueError(f"a path starts with '$', as in $.tokens.total: {text!r} does not")
+    steps: list[str | int] = []
+    position = 1
+    while position < len(text):
+        step = _STEP.match(text, position)
+        if step is None:
+            raise ValueError(
+                f"not a path at character {position + 1} of {text!r}: expected .name, ['name'] or [0]"
+                f" where it has {text[position : position + 12]!r}"
+            )
+        if step["name"] is not None:
+            steps.append(step["name"])
+        elif step["index"] is not None:
+            steps.append(int(step["index"]))
+        else:
+            steps.append(_ESCAPED.sub(r"\1", step["quoted"]))
+        position = step.end()
+    return tuple(steps)
+
+
+def _descend(text: msgspec.Raw | UnsetType, path: Path) -> msgspec.Raw | UnsetType:
+    """What lies at the path inside a JSON value that is known to be well formed."""
+    for step in path:
+        if isinstance(text, UnsetType):
+            return UNSET
+        try:
+            text = _ARRAY.decode(text)[step] if isinstance(step, int) else _OBJECT.decode(text)[step]
+        except (msgspec.ValidationError, LookupError, RecursionError):  # the last: a caller deeper down than decode()
+            return UNSET
+    return text
+
+
+# Shapes: which members of the data are read
+
+
+_Tree = dict[str, "_Tree"] | None  # None is a leaf: the value is kept as raw JSON text
+
+
+def _tree(paths: Iterable[Path]) -> _Tree:
+    """Join the paths, each up to its first index. Below a leaf there is nothing: getters descend from it."""
+    named = {tuple(takewhile(lambda step: isinstance(step, str), path)) for path in paths}
+    if not named or () in named:
+        return None
+    root: dict[str, Any] = {}
+    for path in sorted(named, key=len):
+        members: _Tree = root
+        for step in path[:-1]:
+            if members is not None:
+                members = members.setdefault(str(step), {})
+        if members is not None:
+            members.setdefault(str(path[-1]), None)
+    return root
+
+
+class _Shape:
+    """The members of an object that are read, and the struct that holds them."""
+
+    def __init__(self, members: Mapping[str, _Tree]) -> None:
+        """Give every member a field with a default, so that looking up any path in a struct succeeds."""
+        self.members = {
+            member: (f"m{number}", None if below is None else _Shape(below))
+            for number, (member, below) in enumerate(members.items())
+        }
+        self.struct: type[msgspec.Struct] = msgspec.defstruct(
+            "Data",
+            [
+                (field, msgspec.Raw, UNSET) if shape is None else (field, shape.struct, shape.struct())
+                for field, shape in self.members.values()
+            ],
+            rename={field: member for member, (field, _) in self.members.items()},
+            frozen=True,
+            gc=False,
+        )
+
+    def read(self, text: bytes | msgspec.Raw) -> msgspec.Struct:
+        """Fill the struct from JSON of any shape: what is not where a path expects it is absent."""
+        try:
+            found = _OBJECT.decode(text)
+        except msgspec.ValidationError:
+            return self.struct()
+        return self.struct(
+            **{
+                field: found[member] if shape is None else shape.read(found[member])
+                for member, (field, shape) in self.members.items()
+                if member in found
+            }
+        )
+
+
+# Headers
+
+_CONTENT_TYPE: Final = "content-type"
+_PREFIX: Final = "ce_"
+
+
+def _carried(header: str) -> str:
+    """`content-type`, or the name of the attribute that the header carries; empty for other people's headers."""
+    name = header.lower()
+    if name.startswith(_PREFIX):
+        return name.removeprefix(_PREFIX) or _PREFIX
+    return name if name == _CONTENT_TYPE else ""
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _envelope(content_type: bytes) -> Literal["event", "batch"] | None:
+    """Whether the value of a record with this content type is a whole event, several, or data alone."""
+    media = _media_type(content_type.decode("utf-8", "replace"))
+    if media.startswith("application/cloudevents-batch"):
+        return "batch"
+    return "event" if media.startswith("application/cloudevents") else None
+
+
+def _is_json(content_type: str) -> bool:
+    return _media_type(content_type).endswith(("/json", "+json"))
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether the specification allows an attribute of this name."""
+    return name.isascii() and name.isalnum() and name == name.lower() and name != "data"
+
+
+_carried_by: Final = _Memory(_carried)
+_envelope_of: Final = _Memory(_envelope)
+_json_by: Final = _Memory(_is_json)
+_attribute_names: Final = _Memory(_is_attribute)
+
+
+def _is_binary(headers: Sequence[tuple[str, bytes | None]]) -> bool:
+    """Whether the attributes are in the headers. A content type that says that the value is the event prevails."""
+    binary = False
+    for header, text in headers:
+        carried = _carried_by[header]
+        if carried == _CONTENT_TYPE:
+            envelope = _envelope_of[text or b""]
+            if envelope == "event":
+                return False
+            if envelope == "batch":
+                raise Malformed("batch_mode", "the record holds a batch; Kafka carries one event in each record")
+        elif carried:
+            binary = True
+    return binary
+
+
+def _as_text(value: str | bool | int) -> str:
+    """The canonical string for an attribute that the JSON format may carry as a boolean or an integer."""
+    if isinstance(value, str):
+        return value
+    return str(value).lower()
+
+
+def _fault(attributes: Mapping[str, Any]) -> Malformed:
+    """What keeps these attributes from being an event's."""
+    for name in _REQUIRED:
+        if name not in attributes:
+            return Malformed("missing_attribute", f"{name} is missing")
+    for name in _CONTEXT:
+        if attributes.get(name) == "" and name != "time":
+            return Malformed("invalid_attribute", f"{name} is empty")
+    return Malformed("unsupported_specversion", f"specversion is {attributes['specversion']!r}, not '1.0'")
+
+
+def _is_null(text: msgspec.Raw | None) -> bool:
+    return text is None or bytes(text) == b"null"
+
+
+# The decoder
+
+
+class Decoder:
+    """Decodes records into what the meters read of them: these paths into the data, these attributes.
+
+    One decoder serves all meters of a pipeline; it keeps nothing from one record to the next.
+    """
+
+    def __init__(self, paths: Iterable[Path], attributes: Iterable[str]) -> None:
+        """Raises ValueError for a name that no attribute can have."""
+        extensions = sorted({*attributes}.difference(_CONTEXT))
+        for name in extensions:
+            if not _is_attribute(name):
+                raise ValueError(f"{name!r} cannot be an attribute: their names are lower-case letters and digits")
+        self._fields = {name: name for name in _CONTEXT} | {name: f"x{at}" for at, name in enumerate(extensions)}
+        tree = _tree(paths)
+        self._shape = None if tree is None else _Shape(tree)
+        data_type: Any = msgspec.Raw if self._shape is None else self._shape.struct
+        self._no_data: Any = UNSET if self._shape is None else self._shape.struct()
+        self._event = cast(
+            "type[Event]",
+            msgspec.defstruct(
+                "UsageEvent",
+                [
+                    ("data", data_type, self._no_data),
+                    ("data_base64", None, None),  # anything but null goes to the general path
+                    *((self._fields[name], str | None, None) for name in extensions),
+                ],
+                bases=(Event,),
+                rename={self._fields[name]: name for name in extensions},
+                kw_only=True,
+                frozen=True,
+                gc=False,
+            ),
+        )
+        self._typed_event = msgspec.json.Decoder(self._event)
+        self._typed_data = msgspec.json.Decoder(data_type)
+
+    def raw(self, path: Path) -> Callable[[Event], msgspec.Raw | UnsetType]:
+        """A getter for the raw JSON text at one of the decoder's paths: UNSET where absent, `null` where null."""
+        field, shape, rest = "data", self._shape, path
+        while rest and shape is not None:
+            below, shape = shape.members[str(rest[0])]
+            field, rest = f"{field}.{below}", rest[1:]
+        get = attrgetter(field)
+        return (lambda event: _descend(get(event), rest)) if rest else get
+
+    def attribute(self, name: str) -> Callable[[Event], str | None]:
+        """A getter for one of the decoder's attributes, or any of the context: None where absent."""
+        return attrgetter(self._fields[name])
+
+    def decode(self, headers: Headers, value: bytes) -> Event:
+        """Read one record. Raises Malformed, whatever the bytes are."""
+        try:
+            if headers and _is_binary(headers):
+                return self._binary(headers, value)
+            try:
+                if not value.isascii():
+                    value.decode()  # typed decoding does not look into what it skips
+                return self._typed_event.decode(value)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return self._structured(value)
+        except (Malformed, MemoryError):
+            raise
+        except Exception as error:
+            raise Malformed("undecodable", f"{type(error).__name__}: {error}") from error
+
+    def _structured(self, value: bytes) -> Event:
+        """The general path: what the typed one does, for any JSON object, or the reason against it."""
+        try:
+            value.decode()
+            members = _OBJECT.decode(value)
+        except msgspec.ValidationError:
+            raise Malformed("not_cloudevents", "the value is JSON, but not an object") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Malformed("not_json", str(error)) from error
+        attributes: dict[str, Any] = {}
+        for name in self._fields:
+            if (text := members.get(name)) is not None:
+                try:
+                    scalar = _STRING.decode(text) if name in _CONTEXT else _SCALAR.decode(text)
+                except msgspec.ValidationError as error:
+                    raise Malformed("invalid_attribute", f"{name}: {error}") from error
+                if scalar is not None:
+                    attributes[name] = _as_text(scalar)
+        if "specversion" not in attributes:
+            raise Malformed("not_cloudevents", "the value is a JSON object without specversion")
+        data = members.get("data")
+        if _is_null(members.get("data_base64")):
+            if data is None:
+                return self._made_of(attributes, self._no_data)
+            return self._made_of(attributes, data if self._shape is None else self._shape.read(data))
+        if not _is_null(data):
+            raise Malformed("ambiguous_data", "the event has data and data_base64")
+        try:
+            binary = base64.b64decode(msgspec.json.decode(members["data_base64"], type=str))
+        except (msgspec.ValidationError, ValueError) as error:
+            raise Malformed("binary_data", f"data_base64: {error}") from error
+        return self._made_of(attributes, self._data_in(binary, attributes.get("datacontenttype")))
+
+    def _binary(self, headers: Sequence[tuple[str, bytes | None]], value: bytes) -> Event:
+        """Binary mode: the attributes are headers, the value is the data."""
+        attributes: dict[str, Any] = {}
+        for header, text in headers:
+            name = _carried_by[header]
+            if not name:
+                continue
+            if name == _CONTENT_TYPE:
+                name = "datacontenttype"
+            elif not _attribute_names[name]:
+                raise Malformed("invalid_attribute", f"{name!r} cannot be the name of an attribute")
+            if name in attributes:
+                raise Malformed("duplicate_attribute", f"{name} is in more than one header")
+            if text is None:
+                raise Malformed("invalid_attribute", f"{name}: the header has no value")
+            try:
+                attributes[name] = text.decode()
+            except UnicodeDecodeError as error:
+                raise Malformed("invalid_attribute", f"{name}: {error}") from error
+        return self._made_of(attributes, self._data_in(value, attributes.get("datacontenttype")))
+
+    def _data_in(self, content: bytes, content_type: str | None) -> Any:
+        """Data that came as bytes. What is declared to be JSON must be; what is not declared may be."""
+        if not content or not (content_type is None or _json_by[content_type]):
+            return self._no_data
+        try:
+            content.decode()
+            return self._typed_data.decode(content)
+        except msgspec.ValidationError:
+            return self._no_data if self._shape is None else self._shape.read(content)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if content_type is None:
+                return self._no_data
+            raise Malformed("not_json", f"data declared as {content_type}: {error}") from error
+
+    def _made_of(self, attributes: dict[str, Any], data: Any) -> Event:
+        if data is not UNSET:
+            attributes["data"] = data
+        try:
+            return msgspec.convert(attributes, self._event)
+        except msgspec.ValidationError as error:
+            raise _fault(attributes) from error
+
+
+# Event times
+
+_SECOND: Final = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt]([01]\d|2[0-3]):([0-5]\d):([0-5]\d)", re.ASCII)
+_REST: Final = re.compile(r"(?:\.(\d+))?([Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))", re.ASCII)
+_EPOCH: Final = date(1970, 1, 1).toordinal()
+_DAY: Final = 86_400_000
+
+
+def parse_time(text: str) -> int:
+    """An RFC 3339 time in milliseconds since the epoch, UTC: the millisecond in which it lies, never rounded up.
+
+    Raises ValueError for anything else, a time without an offset included. A leap second, 23:59:60 UTC, is the last
+    millisecond of its day whatever its fraction: it stays in the minute to which it belongs.
+    """
+    rest = text[19:]
+    if len(rest) > 5:
+        # Digits below the millisecond change nothing, and with them no rest would ever come back.
+        zone = -1 if rest[-1] in "Zz" else -6
+        below = rest[4:zone]
+        if below.isdigit() and below.isascii():
+            rest = rest[:4] + rest[zone:]
+    try:
+        return _seconds[text[:19]] + _rests[rest]
+    except ValueError as error:
+        instant = _leap_second(text)
+        if instant is not None:
+            return instant
+        raise ValueError(f"{text[:60]!r} is not an RFC 3339 time: {error}") from None
+
+
+def _second(text: str) -> int:
+    match = _SECOND.fullmatch(text)
+    if match is None:
+        raise ValueError("it does not begin with YYYY-MM-DDThh:mm:ss, or has a number out of range")
+    year, month, day, hour, minute, second = map(int, match.groups())
+    return (date(year, month, day).toordinal() - _EPOCH) * _DAY + (hour * 3600 + minute * 60 + second) * 1000
+
+
+def _rest(text: str) -> int:
+    match = _REST.fullmatch(text)
+    if match is None:
+        raise ValueError("it does not end with an optional fraction and Z or an offset such as +05:30")
+    fraction, _, sign, hours, minutes = match.groups()
+    milliseconds = int((fraction or "").ljust(3, "0")[:3])
+    if sign is None:
+        return milliseconds
+    offset = (int(hours) * 60 + int(minutes)) * 60_000
+    return milliseconds - offset if sign == "+" else milliseconds + offset
+
+
+_seconds: Final = _Memory(_second)
+_rests: Final = _Memory(_rest)
+
+
+def _leap_second(text: str) -> int | None:
+    rest = _REST.fullmatch(text, 19)
+    if text[17:19] != "60" or rest is None:
+        return None
+    try:
+        instant = _seconds[f"{text[:17]}59"] + 999 + _rests[rest[2]]
+    except ValueError:
+        return None
+    return instant if instant % _DAY == _DAY - 1 else None
