@@ -351,7 +351,7 @@ class StripeStandIn:
 
     def _set_down(self, given: dict[str, Any]) -> None:
         async def reopen(seconds: float) -> None:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # the answer to this request must get out
             await self.close()
             await asyncio.sleep(seconds)
             await self.open()

@@ -7,12 +7,11 @@ import base64
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from decimal import Decimal
 from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
@@ -21,8 +20,9 @@ import aiohttp
 import pytest
 import stripe as sdk
 
-from consumer.sandbox.stripe import SECRET_KEY
+from consumer.sandbox.stripe import SECRET_KEY, StripeModel
 from consumer.sandbox.stripe_server import Clock, Fault, Faults, StripeStandIn
+from consumer.sandbox.stripe_wire import read_call
 
 NOW = 1_760_000_040  # 40 seconds into a minute
 MINUTE = NOW // 60 * 60
@@ -83,6 +83,18 @@ def send(stand_in: StripeStandIn, identifier: Any = "e1", value: Any = "1", **mo
     headers = {name: more.pop(name) for name in ("key", "api_key") if name in more}
     headers.setdefault("key", identifier or "")
     return ask(stand_in, "POST", EVENTS, event(identifier, value, **more), **headers)
+
+
+@contextmanager
+def hanging(stand_in: StripeStandIn, params: dict[str, Any], key: str = "") -> Iterator[None]:
+    """Send a meter event and hang up at the end without waiting for the answer."""
+    connection = http.client.HTTPConnection(urlsplit(stand_in.url).netloc, timeout=10)
+    headers = {"Authorization": f"Bearer {SECRET_KEY}", "Idempotency-Key": key}
+    try:
+        connection.request("POST", EVENTS, urlencode(params), headers)
+        yield
+    finally:
+        connection.close()
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -213,6 +225,15 @@ def test_any_customer_is_known_where_that_was_asked_for() -> None:
         assert send(stripe, "e2", **{"payload[stripe_customer_id]": "somebody"}).status == 400
 
 
+def test_the_model_answers_without_a_server() -> None:
+    model = StripeModel(lambda: float(NOW), accept_any_customer=True)
+    model.add_meter("tokens")
+    call = read_call("POST", EVENTS, urlencode(event()), f"Bearer {SECRET_KEY}", "k1")
+
+    assert [model.handle(call).status for _ in range(2)] == [200, 200]
+    assert model.stats == {"requests": 2, "accepted": 1, "replayed": 1}
+
+
 # Uniqueness and stored answers
 
 
@@ -316,11 +337,7 @@ def test_keys_decide_who_may_do_what_in_which_mode(stripe: StripeStandIn) -> Non
 def test_one_call_at_a_time_for_each_customer_and_meter(stripe: StripeStandIn) -> None:
     stripe.model.add_customer("cus_2")
     stripe.faults.by_identifier = {"e1": [Fault.ACCEPT_HANG]}
-    host, port = urlsplit(stripe.url).netloc.split(":")
-    body = urlencode(event("e1")).encode()
-    head = f"POST {EVENTS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SECRET_KEY}\r\nIdempotency-Key: e1\r\n"
-    with socket.create_connection((host, int(port))) as hanging:
-        hanging.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with hanging(stripe, event("e1"), key="e1"):
         until(lambda: stripe.model.stats["accepted"] == 1)
         conflict, other, same_key = (
             send(stripe, "e2"),
@@ -334,6 +351,24 @@ def test_one_call_at_a_time_for_each_customer_and_meter(stripe: StripeStandIn) -
     assert other.status == 200
     assert same_key.headers["Idempotent-Replayed"] == "true"
     until(lambda: send(stripe, "e2").status == 200)
+
+
+def test_a_key_in_use_is_a_conflict_and_nothing_is_stored(stripe: StripeStandIn) -> None:
+    stripe.faults.script = [Fault.HANG]
+    with hanging(stripe, event(), key="e1"):
+        until(lambda: stripe.model.stats["fault_hang"] == 1)
+        conflict = send(stripe)
+
+    assert (conflict.status, conflict.body["error"]["code"]) == (409, "idempotency_key_in_use")
+    until(lambda: send(stripe).status == 200)
+
+
+def test_a_request_whose_client_gave_up_is_still_executed(stripe: StripeStandIn) -> None:
+    stripe.faults.latency = (0.05, 0.05)
+    with hanging(stripe, event()):
+        until(lambda: stripe.model.stats["requests"] == 1)
+
+    until(lambda: stripe.model.billed_by("tokens", "cus_1") == 1)
 
 
 @pytest.mark.parametrize(
@@ -372,8 +407,8 @@ def test_an_answer_can_be_lost_with_and_without_the_event(stripe: StripeStandIn,
         connection.getresponse().read()
     connection.close()
 
-    assert stripe.model.billed_by("tokens", "cus_1") == billed
-    assert stripe.model.stats[f"fault_{fault}"] == 1
+    until(lambda: stripe.model.stats[f"fault_{fault}"] == 1)
+    until(lambda: stripe.model.billed_by("tokens", "cus_1") == billed)
 
 
 def test_rates_are_reproducible_and_reads_have_a_script_of_their_own(stripe: StripeStandIn) -> None:
@@ -625,7 +660,7 @@ def test_a_process_is_controlled_and_asked_over_http() -> None:
             assert ask(stripe, "POST", "/_sandbox/faults", {"script": ["earthquake"]}).status == 400
             assert ask(stripe, "GET", "/_sandbox/nothing").status == 404
 
-            ask(stripe, "POST", "/_sandbox/down", {"seconds": 0.2})
+            ask(stripe, "POST", "/_sandbox/down", {"seconds": 0.5})
             until(lambda: refused(stripe))
             until(lambda: not refused(stripe))
         finally:
@@ -700,8 +735,10 @@ def test_the_official_client_sends_events_and_reads_meters_and_summaries() -> No
 def test_the_official_client_raises_by_fault(
     fault: Fault, error: type[Exception], cause: type[Exception] | None
 ) -> None:
+    timeout = 0.3 if fault is Fault.HANG else 5
+
     async def talk() -> None:
-        async with serve(faults=Faults(script=[fault])) as stripe, official(stripe, total=0.3) as client:
+        async with serve(faults=Faults(script=[fault])) as stripe, official(stripe, total=timeout) as client:
             await create(client)
 
     with pytest.raises(error) as raised:
