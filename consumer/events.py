@@ -72,6 +72,7 @@ class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 _REQUIRED: Final = ("specversion", "id", "source", "type")
 _CONTEXT: Final = Event.__struct_fields__
 
+_RAW: Final = msgspec.json.Decoder(msgspec.Raw)
 _OBJECT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ARRAY: Final = msgspec.json.Decoder(list[msgspec.Raw])
 _STRING: Final = msgspec.json.Decoder(str | None)
@@ -146,12 +147,19 @@ def _descend(text: msgspec.Raw | UnsetType, path: Path) -> msgspec.Raw | UnsetTy
 # Shapes: which members of the data are read
 
 
+_ESCAPED_IN_JSON: Final = re.compile(r'["\\\x00-\x1f]')
+
 _Tree = dict[str, "_Tree"] | None  # None is a leaf: the value is kept as raw JSON text
 
 
+def _is_field(step: str | int) -> bool:
+    """Whether a struct can have this step as the name of a field: not an index, nothing that JSON escapes."""
+    return isinstance(step, str) and not _ESCAPED_IN_JSON.search(step)
+
+
 def _tree(paths: Iterable[Path]) -> _Tree:
-    """Join the paths, each up to its first index. Below a leaf there is nothing: getters descend from it."""
-    named = {tuple(takewhile(lambda step: isinstance(step, str), path)) for path in paths}
+    """Join the paths, each as far as fields reach. Below a leaf there is nothing: getters descend from it."""
+    named = {tuple(takewhile(_is_field, path)) for path in paths}
     if not named or () in named:
         return None
     root: dict[str, Any] = {}
@@ -185,7 +193,7 @@ class _Shape:
             gc=False,
         )
 
-    def read(self, text: bytes | msgspec.Raw) -> msgspec.Struct:
+    def read(self, text: msgspec.Raw) -> msgspec.Struct:
         """Fill the struct from JSON of any shape: what is not where a path expects it is absent."""
         try:
             found = _OBJECT.decode(text)
@@ -369,9 +377,7 @@ class Decoder:
             raise Malformed("not_cloudevents", "the value is a JSON object without specversion")
         data = members.get("data")
         if _is_null(members.get("data_base64")):
-            if data is None:
-                return self._made_of(attributes, self._no_data)
-            return self._made_of(attributes, data if self._shape is None else self._shape.read(data))
+            return self._made_of(attributes, self._no_data if data is None else self._data_of(data))
         if not _is_null(data):
             raise Malformed("ambiguous_data", "the event has data and data_base64")
         try:
@@ -407,13 +413,17 @@ class Decoder:
             return self._no_data
         try:
             content.decode()
-            return self._typed_data.decode(content)
-        except msgspec.ValidationError:
-            return self._no_data if self._shape is None else self._shape.read(content)
+            try:
+                return self._typed_data.decode(content)
+            except msgspec.ValidationError:
+                return self._data_of(_RAW.decode(content))  # typed decoding stopped there: the rest may not be JSON
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if content_type is None:
                 return self._no_data
             raise Malformed("not_json", f"data declared as {content_type}: {error}") from error
+
+    def _data_of(self, text: msgspec.Raw) -> Any:
+        return text if self._shape is None else self._shape.read(text)
 
     def _made_of(self, attributes: dict[str, Any], data: Any) -> Event:
         if data is not UNSET:
