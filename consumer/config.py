@@ -26,7 +26,7 @@ from consumer.aggregate.duplicates import INTERVALS
 from consumer.aggregate.meters import WINDOW_MS
 from consumer.aggregate.meters import Meter as CoreMeter
 from consumer.aggregate.windows import EARLY_MARKS, MINUTE
-from consumer.config_file import Document, Place, Problem, name, report
+from consumer.config_file import Document, Place, Problem, report, written
 from consumer.config_values import (
     BaseAddress,
     Customer,
@@ -45,8 +45,8 @@ from consumer.config_values import (
     Topic,
     between,
     in_order,
+    in_words,
     invalid,
-    message,
 )
 from consumer.totals import SCALE_DIGITS, Destination
 
@@ -83,7 +83,7 @@ class Kafka(Section):
         try:
             options = handler({name: given for name, given in value.items() if name not in refused})
         except ValidationError as error:
-            wrong = [(each["loc"], message(each)) for each in error.errors()]
+            wrong = list(in_words(error))
         else:
             wrong = []
         if refused or wrong:
@@ -169,7 +169,9 @@ class StripeMeter(Section):
     )
     value_key: PayloadKey = Field(default="value", description="The payload key in which that meter expects the value.")
     customer_key: PayloadKey = Field(
-        default="stripe_customer_id", description="The payload key in which that meter expects the customer."
+        default="stripe_customer_id",
+        validate_default=True,
+        description="The payload key in which that meter expects the customer.",
     )
 
     @field_validator("customer_key")
@@ -336,7 +338,7 @@ class Config(Section):
         try:
             listed = handler(value)
         except ValidationError as error:
-            wrong += ((each["loc"], message(each)) for each in error.errors())
+            wrong += in_words(error)
         right: dict[int, Meter] = {}
         for position, each in enumerate(value if isinstance(value, list | tuple) else ()):
             try:
@@ -444,7 +446,14 @@ def load(path: Path | str, environ: Mapping[str, str]) -> Config:
     config = _validated(document, secrets) if document.data is not None else None
     problems = [
         *document.problems,
-        *(Problem(line, name(document.at(line)), _LEAKED) for line in credentials.lines_with_secrets(text)),
+        *(
+            Problem(
+                line,
+                written(document.at(line)),
+                f"a secret stands here: replace it, for it has been seen; {credentials.CURE}",
+            )
+            for line in credentials.lines_with_secrets(text)
+        ),
         *(Problem(0, variable, reason) for variable, reason in wrong),
     ]
     if config is None or problems:
@@ -463,9 +472,3 @@ def _validated(document: Document, secrets: credentials.Secrets) -> Config | Non
     if isinstance(storage, dict) and storage.get("kind") == "kafka":
         document.problem(("storage", "kind"), "kafka is not in this version yet: use sqlite")
     return config
-
-
-_LEAKED: Final = (
-    "a secret stands here: remove it (and replace it at Stripe, for it has been seen); the environment may hold"
-    " STRIPE_SECRET_KEY and STRIPE_WEBHOOK_SECRET, or the names of files that do: STRIPE_SECRET_KEY_FILE and so on"
-)

@@ -56,12 +56,12 @@ class Document:
 
     def problem(self, place: Place, message: str) -> None:
         """Note what is wrong at a place."""
-        self.problems.append(Problem(self.line(place), name(place), message))
+        self.problems.append(Problem(self.line(place), written(place), message))
 
-    def narrowed(self, location: Iterable[str | int]) -> Place:
+    def narrowed(self, location: Place) -> Place:
         """The place that a validator means: without what names its own branches rather than keys of the file."""
         place: list[str | int] = []
-        *around, last = location
+        *around, last = location or ("[key]",)
         for part in around:
             if (*place, part) in self._lines:
                 place.append(part)
@@ -93,17 +93,17 @@ class Document:
             key = self._plain(key_node, place, around)
             if not isinstance(key, str) or key == "<<":
                 text = "merge keys (<<) are not supported" if key == "<<" else "a key must be text: put it in quotes"
-                self.problems.append(Problem(line, name(place), text))
+                self.problems.append(Problem(line, written(place), text))
             elif key in values:
                 first = self._lines[*place, key]
-                self.problems.append(Problem(line, name((*place, key)), f"is here twice: first in line {first}"))
+                self.problems.append(Problem(line, written((*place, key)), f"is here twice: first in line {first}"))
             else:
                 self._lines[*place, key] = line
                 values[key] = self._plain(value_node, (*place, key), around)
         return values
 
 
-def name(place: Place) -> str:
+def written(place: Place) -> str:
     """A place as people write it: `meters[0].where["$.model"]`."""
     text = ""
     for part in place:

@@ -7,7 +7,7 @@ show what stands under a key that may hold a secret.
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
-from consumer import events
+from consumer import credentials, events
 from consumer.aggregate import meters
 from consumer.config_file import Place
 from consumer.totals import SCALE_DIGITS
@@ -121,12 +121,15 @@ _CONTEXT_ATTRIBUTES: Final = {"id", "source", "specversion", "type", "time", "da
 
 
 def _scalar(value: object) -> meters.Scalar:
-    if isinstance(value, Decimal):
-        if not (value.is_finite() and abs(value) < 10**15 and value == round(value, SCALE_DIGITS)):
-            raise ValueError(f"{shown(value)} is no quantity: below 10^15, with at most {SCALE_DIGITS} decimals")
-        return int(value) if value == int(value) else value.normalize()
-    if isinstance(value, str | bool | int):
+    if isinstance(value, str | bool):
         return value
+    if isinstance(value, int | Decimal):
+        number = Decimal(value)
+        if abs(number) >= 10**15 or number != round(number, SCALE_DIGITS):
+            raise ValueError(
+                f"{number} matches no event: numbers are below 10^15, with at most {SCALE_DIGITS} decimals"
+            )
+        return int(number) if number == int(number) else number.normalize()
     raise ValueError(f"must be text, a number, true or false, not {shown(value)}")
 
 
@@ -186,27 +189,23 @@ class Section(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _in_words(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _explained(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(data)
         except ValidationError as error:
-            # A default that is derived from a wrong value is no error of its own.
-            found = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
-            raise invalid((_location(each), cls._message(each)) for each in found) from None
+            raise invalid(in_words(error, cls._message)) from None
 
     @classmethod
     def _message(cls, error: ErrorDetails) -> str:
         key = error["loc"][-1] if error["loc"] else None
         match error["type"]:
+            case "extra_forbidden" if credentials.is_secret(str(key)):
+                return f"unknown key; {credentials.CURE}"
             case "extra_forbidden":
                 return f"unknown key{_close(key, cls.model_fields)}; allowed here: {', '.join(cls.model_fields)}"
             case "missing":
                 return f"is required: {cls.model_fields[str(key)].description}"
         return message(error)
-
-
-def _location(error: ErrorDetails) -> Place:
-    return (*error["loc"], "kind") if error["type"].startswith("union_tag") else error["loc"]
 
 
 def invalid(wrong: Iterable[tuple[Place, str]]) -> ValidationError:
@@ -259,6 +258,15 @@ def message(error: ErrorDetails) -> str:
         case _ if kind in _EXPECTED:
             words = f"must be {_EXPECTED[kind]}, not {shown(given)}"
     return words
+
+
+def in_words(error: ValidationError, say: Callable[[ErrorDetails], str] = message) -> Iterator[tuple[Place, str]]:
+    """The places and messages of what pydantic found, without what only follows from another error."""
+    for each in error.errors():
+        kind = each["type"]
+        if kind == "default_factory_not_called" or (kind == "too_short" and each["input"]):
+            continue
+        yield (*each["loc"], "kind") if kind.startswith("union_tag") else each["loc"], say(each)
 
 
 def _choice(given: object, allowed: list[str]) -> str:

@@ -24,7 +24,9 @@ KAFKA_OPTIONS: Final = (
 _SECRET: Final = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:sk|rk)_(?:live|test|org)|whsec)_\w+|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-_SECRET_OPTION: Final = re.compile(r"password|passphrase|secret|jaas|oauthbearer\.config|key\.pem")
+_SECRET_NAME: Final = re.compile(
+    r"(password|passphrase|secret|jaas|oauthbearer\.config|key\.pem|api\.?key|token)(?!.*\.(file|location|url)$)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,11 @@ def from_environment(environ: Mapping[str, str]) -> tuple[Secrets, list[tuple[st
                 value = Path(file).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-                wrong.append((f"{variable}_FILE", f"the file {file} cannot be read: {reason}"))
+                # The name is not shown: somebody may have set the secret itself.
+                wrong.append((f"{variable}_FILE", f"the file that it names cannot be read: {reason}"))
                 continue
             if not value.strip():
-                wrong.append((f"{variable}_FILE", f"the file {file} is empty"))
+                wrong.append((f"{variable}_FILE", "the file that it names is empty"))
         if value and value.strip():
             found[variable] = SecretStr(value.rstrip("\r\n"))
     kafka = {option: found[_variable(option)] for option in KAFKA_OPTIONS if _variable(option) in found}
@@ -78,15 +81,19 @@ def hidden(text: str) -> str:
     return _SECRET.sub("[hidden]", text)
 
 
+def is_secret(name: str) -> bool:
+    """Whether a key of the configuration is the name of a secret."""
+    return _SECRET_NAME.search(name.lower().replace("_", ".")) is not None
+
+
 def why_not(option: str) -> str | None:
     """Why a setting of librdkafka must not stand in the configuration, with the cure; None where it may."""
     plain = option.strip().lower().replace("_", ".")
     if plain in KAFKA_OPTIONS:
         variable = _variable(plain)
         return f"secrets do not belong in this file: set {variable}, or {variable}_FILE to the name of a file with it"
-    if _SECRET_OPTION.search(plain) and not plain.endswith((".file", ".location", ".url")):
-        taken = ", ".join(map(_variable, KAFKA_OPTIONS))
-        return f"secrets do not belong in this file, and this one cannot be given: the environment may hold {taken}"
+    if is_secret(plain):
+        return CURE
     if plain.endswith(".cb"):
         return "is a function in a program, not a setting"
     return _OWNED.get(plain)
@@ -127,3 +134,10 @@ _OWNED: Final = {
     "allow.auto.create.topics": "Tallyman creates its topics with the settings they need, and never the source",
     "statistics.interval.ms": "Tallyman's metrics are made of these statistics",
 }
+
+CURE: Final = (
+    "secrets do not belong in this file: they come from the environment as "
+    + ", ".join((STRIPE_SECRET_KEY, STRIPE_WEBHOOK_SECRET, *map(_variable, KAFKA_OPTIONS)))
+    + ", or from files that it names: each of them with _FILE"
+)
+"""What to say of a secret in the configuration."""
