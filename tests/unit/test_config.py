@@ -113,7 +113,7 @@ WRONG: list[tuple[Mapping[str, Any], str, str]] = [
     ({"stripe": {}}, "stripe.livemode", "is required: true bills real customers"),
     ({"meters": []}, "meters", "must not be empty"),
     ({"kafka": None}, "kafka", "must be keys with values, not empty"),
-    ({"meters.0": 5}, "meters[0]", "must be keys with values, not 5"),
+    ({"meters": [5]}, "meters[0]", "must be keys with values, not 5"),
     ({"meters": {"a": 1}}, "meters", "must be a list, not keys with values"),
     # names
     ({"pipeline": "-x"}, "pipeline", "beginning with a letter or digit"),
@@ -545,8 +545,8 @@ def test_a_secret_of_stripes_is_refused_wherever_it_stands_and_never_shown(
 @given(
     password=st.text("abcXYZ059!&*@%#{}[]:,'\" $", min_size=1, max_size=12).map(lambda text: f"{text}hunter2"),
     place=st.sampled_from(
-        ["kafka.options.sasl.password", "kafka.options.foo", "kafka.options.ssl.key.pem", "kafka.password", "stripe.secret",
-         "kafka.bootstrap_servers", "stripe.api_base", "password"]
+        ["kafka.options.sasl.password", "kafka.options.foo", "kafka.options.ssl.key.pem", "kafka.password",
+         "stripe.secret", "kafka.bootstrap_servers", "stripe.api_base", "password"]
     ),
     form=st.sampled_from(["{}", "'{}'", "[{}]", "{{a: {}}}", "user:{}@host:9092", "https://user:{}@host"]),
 )  # fmt: skip
