@@ -62,7 +62,7 @@ class Aggregator:
         """Take up work at ``offset`` with the entries of the last commit; ``clock`` is for a partition without any."""
         self.source = source
         self.offset = offset
-        self._settle = rules.settle
+        self.settle = rules.settle
         self._bill_from = rules.bill_from
         self._buckets = Buckets()
         self.book = PartitionBook(clock=clock)
@@ -197,13 +197,17 @@ class Aggregator:
     def next_close(self) -> int | None:
         """The clock at which the next bucket closes."""
         next_due = self._buckets.next_due
-        return None if next_due is None else next_due + self._settle
+        return None if next_due is None else next_due + self.settle
+
+    def closes_by(self, clock: int) -> bool:
+        """Whether a bucket would close if the clock were this far."""
+        next_close = self.next_close
+        return next_close is not None and next_close <= clock
 
     @property
     def closing(self) -> bool:
         """Whether buckets wait to be closed by the next commit."""
-        next_close = self.next_close
-        return next_close is not None and next_close <= self.book.clock
+        return self.closes_by(self.book.clock)
 
     @property
     def open_keys(self) -> int:
@@ -233,7 +237,7 @@ class Aggregator:
 
     def commit(self) -> Changes:
         """Close what is due, at most 10,000 totals of it, and say what has to be made durable."""
-        closings = self._buckets.close(self.book.clock - self._settle, CLOSINGS_PER_COMMIT)
+        closings = self._buckets.close(self.book.clock - self.settle, CLOSINGS_PER_COMMIT)
         appends, self._appends = self._appends, []
         for closing in closings:
             total = self._total(closing)

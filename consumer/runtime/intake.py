@@ -1,0 +1,305 @@
+"""The loop of stage 1: one thread owns the consumer and everything that reads from it.
+
+What the client does not forgive is answered here. It is given no callbacks: an exception in one loses a whole batch.
+Waits are short, for it sits out the timeout of ``consume`` and lets no signal through. Offsets are given to ``assign``
+and kept by us, never asked of the client. What may have been read of a partition that is not ours is dropped.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from threading import Thread
+from typing import Final
+
+import structlog
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+
+from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record
+from consumer.aggregate.clock import QuietClock, Reading
+from consumer.aggregate.ledger import MeterBook, PartitionBook
+from consumer.runtime.clocks import Clock
+from consumer.runtime.source import Source, SourceError
+from consumer.storage import Stage, Store
+
+log = structlog.get_logger()
+
+BATCH: Final = 500
+"""Records asked for at once: the fastest size measured, and small enough to look at the clock often."""
+BATCH_S: Final = 0.05
+LOOK_AGAIN_MS: Final = 1_000
+"""How often quiet and waiting partitions are looked at."""
+END_S: Final = 0.9
+"""How long the loop waits to be told the end of a log; it has to notice within a second that it is to stop."""
+CLOSE_S: Final = 5.0
+
+_PASSING: Final = frozenset({"_ALL_BROKERS_DOWN", "_TRANSPORT", "_TIMED_OUT", "_RESOLVE", "_MAX_POLL_EXCEEDED"})
+"""Errors that the client gets over by itself. An outage of Kafka is for metrics and readiness, not for a restart."""
+
+_UNREADABLE: Final = [("ce_specversion", b"\xff")]
+"""Stands for headers whose names are no text, which the client cannot give us: such an event is a dead letter."""
+
+
+class IntakeStopped(Exception):
+    """Stage 1 cannot go on without losing or repeating usage; the message says why and what to do."""
+
+
+@dataclass(slots=True)
+class Partition:
+    """One partition being read."""
+
+    aggregator: Aggregator
+    quiet: QuietClock
+    read_to: int
+    """Everything below this offset has been read, transaction markers included."""
+    held: list[Record] = field(default_factory=list)
+    """Read from Kafka, and waiting until the reader's clock agrees with the broker's."""
+    end: int | None = None
+    """The end of the log, as of the last fetch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What the last commit made durable of one partition; metrics show it, so that no crash falsifies them."""
+
+    book: PartitionBook
+    meters: Mapping[str, MeterBook]
+
+
+class Intake:
+    """Reads all partitions that it is given until told to stop; see ``run``."""
+
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        *,
+        clock: Clock,
+        commit_every: int,
+        open_keys: int,
+        log_append_time: bool,
+        witness: Callable[[], Reading | None],
+        committed: Callable[[], None],
+    ) -> None:
+        """``commit_every`` is in milliseconds. ``witness`` is another clock than ours, if one has been heard of lately.
+        ``committed`` is told after each commit, from this loop's thread.
+        """
+        self._source = source
+        self._store = store
+        self._clock = clock
+        self._commit_every = commit_every
+        self._open_keys = open_keys
+        self._log_append_time = log_append_time
+        self._outside_witness = witness
+        self._tell_committed = committed
+        self._broker_witness: Reading | None = None
+        self._consumer: Consumer = source.consumer()
+        self._committed_at = self._looked_at = clock.elapsed()
+        self._draining = False
+        """Whether the last commit left windows to close, more than one commit may."""
+        self.partitions: dict[int, Partition] = {}
+        self.committed: dict[int, Committed] = {}
+        self.turned = clock.elapsed()
+        """When the loop last went round, by the monotonic clock."""
+        self.last_commit: tuple[int, float] | None = None
+        """When (time of day, ms) the last commit was made and how long it took, in seconds."""
+
+    def assign(self, aggregators: Mapping[int, Aggregator]) -> None:
+        """Read these partitions from now on, each from its own offset."""
+        elapsed = self._clock.elapsed()
+        self.partitions = {
+            number: Partition(each, QuietClock(each.book.clock, elapsed, each.settle), each.offset)
+            for number, each in aggregators.items()
+        }
+        for number in self.partitions:
+            self._note(number)
+        taken = [TopicPartition(self._source.topic, number, each.read_to) for number, each in self.partitions.items()]
+        self._consumer.assign(taken)
+        # A partition that was paused when it was last ours would stay so, and starve in silence.
+        self._consumer.resume(taken)
+
+    def run(self, stopping: Callable[[], bool]) -> None:
+        """Go round until ``stopping``, then commit once more.
+
+        Raises ``IntakeStopped``, or what the store raises; then nothing more has been committed.
+        """
+        try:
+            while not stopping():
+                self._turn()
+            self._commit()
+        finally:
+            # It waits for brokers that may be gone; by now nothing depends on it.
+            closing = Thread(target=self._consumer.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
+
+    def _turn(self) -> None:
+        messages = self._consumer.consume(BATCH, BATCH_S)
+        now, elapsed = self._clock.now(), self._clock.elapsed()
+        if messages:
+            for number, records in self._sorted(messages).items():
+                self._take(number, records, now, elapsed)
+            self._check_limit()
+        if elapsed - self._looked_at >= LOOK_AGAIN_MS:
+            self._looked_at = elapsed
+            self._release_held(now, elapsed)
+            self._advance_quiet()
+            self._look_at_ends()
+        if self._commit_is_due(elapsed):
+            self._commit()
+        self.turned = elapsed
+
+    def _sorted(self, messages: Sequence[Message]) -> dict[int, list[Record]]:
+        batches: dict[int, list[Record]] = defaultdict(list)
+        for message in messages:
+            if message.error() is not None:
+                self._hear(message)
+            else:
+                batches[message.partition()].append(_record(message))  # type: ignore[index]  # a record has one
+        return batches
+
+    def _take(self, number: int, records: list[Record], now: int, elapsed: int) -> None:
+        partition = self.partitions.get(number)
+        if partition is None:
+            return
+        if partition.held:
+            partition.held.extend(records)
+            return
+        taken = partition.aggregator.step(records, now)
+        if taken:
+            offset, (stamp_type, stamp), *_ = records[taken - 1]
+            partition.read_to = max(partition.read_to, offset + 1)
+            partition.quiet.read(partition.aggregator.book.arrival, elapsed)
+            if stamp_type == LOG_APPEND_TIME:
+                self._broker_witness = _later(self._broker_witness, Reading(stamp, elapsed), elapsed)
+        if taken < len(records):
+            partition.held = records[taken:]
+            self._consumer.pause([TopicPartition(self._source.topic, number)])
+            log.error(
+                "partition_waits_for_clock",
+                partition=number,
+                offset=records[taken][0],
+                ahead_s=(records[taken][1][1] - now) // 1000,
+                cure="the broker's clock is ahead of this host's: correct the one that is wrong",
+            )
+
+    def _release_held(self, now: int, elapsed: int) -> None:
+        for number, partition in self.partitions.items():
+            if partition.held:
+                records, partition.held = partition.held, []
+                self._take(number, records, now, elapsed)
+                if not partition.held:
+                    self._consumer.resume([TopicPartition(self._source.topic, number)])
+
+    def _advance_quiet(self) -> None:
+        """Let the clock of a partition on which nothing comes move on, where its whole log has been read."""
+        now, elapsed = (
+            self._clock.now(),
+            self._clock.elapsed(),
+        )  # before the end is asked for: what comes later is later
+        waiting = {
+            number: partition
+            for number, partition in self.partitions.items()
+            if not partition.held and partition.aggregator.closes_by(now)
+        }
+        if not waiting:
+            return
+        try:
+            ends = self._source.ends(waiting, END_S)
+        except SourceError as failed:
+            log.warning("end_unknown", reason=str(failed))
+            return
+        witness = _later(self._broker_witness, self._outside_witness(), elapsed)
+        for number, partition in waiting.items():
+            limit = partition.quiet.limit(now, elapsed, witness)
+            if ends[number] <= partition.read_to and partition.aggregator.closes_by(limit):
+                partition.aggregator.advance(limit)
+
+    def _look_at_ends(self) -> None:
+        for number, partition in self.partitions.items():
+            known = self._consumer.get_watermark_offsets(TopicPartition(self._source.topic, number), cached=True)
+            if known is not None and known[1] >= 0:
+                partition.end = known[1]
+
+    def _check_limit(self) -> None:
+        keys = sum(partition.aggregator.open_keys for partition in self.partitions.values())
+        if keys > self._open_keys:
+            raise IntakeStopped(
+                f"{keys} customers in open buckets are more than limits.open_keys allows ({self._open_keys}). Nothing "
+                "is lost. Raise it and the memory (about 500 bytes each), choose smaller windows or less lateness, or, if "
+                "this is a backfill, produce it more slowly."
+            )
+
+    def _commit_is_due(self, elapsed: int) -> bool:
+        return self._draining or elapsed - self._committed_at >= self._commit_every
+
+    def _commit(self) -> None:
+        began = self._clock.elapsed()
+        changes = {
+            number: partition.aggregator.commit()
+            for number, partition in self.partitions.items()
+            if partition.aggregator.changed
+        }
+        self._committed_at = began
+        if not changes:
+            return
+        self._store.commit(Stage.AGGREGATE, changes)
+        for number in changes:
+            self._note(number)
+        took = (self._clock.elapsed() - began) / 1000
+        self.last_commit = self._clock.now(), took
+        self._bear_witness({number: each.offset for number, each in changes.items()})
+        self._tell_committed()
+        self._draining = any(partition.aggregator.closing for partition in self.partitions.values())
+        log.debug("committed", offsets={n: c.offset for n, c in changes.items()}, seconds=took)
+
+    def _note(self, number: int) -> None:
+        aggregator = self.partitions[number].aggregator
+        self.committed[number] = Committed(deepcopy(aggregator.book), deepcopy(aggregator.meter_books))
+
+    def _bear_witness(self, offsets: Mapping[int, int]) -> None:
+        """Let the group's offsets follow the state, so that a lost state is noticed. The state does not wait for it."""
+        try:
+            self._consumer.commit(
+                offsets=[TopicPartition(self._source.topic, n, o) for n, o in offsets.items()], asynchronous=True
+            )
+        except KafkaException as failed:
+            log.warning("group_offsets_not_committed", reason=str(failed))
+
+    def _hear(self, message: Message) -> None:
+        """An error comes in the place of a record. What it is decides whether we can go on."""
+        error = message.error()
+        number = message.partition()
+        if error is None:
+            return
+        if error.name() == "_PARTITION_EOF":
+            partition = self.partitions.get(number) if number is not None else None
+            offset = message.offset()
+            if partition is not None and offset is not None:
+                partition.read_to = max(partition.read_to, offset)
+        elif error.name() in _PASSING or (error.retriable() and not error.fatal()):
+            log.warning("kafka_error", error=error.name(), reason=error.str())
+        elif error.name() in {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE", "_LOG_TRUNCATION"}:
+            raise IntakeStopped(
+                f"partition {number} of {self._source.topic} does not have offset {message.offset()} any more: "
+                "retention deleted records before they were read, or the log was cut short. Going on elsewhere would skip or "
+                f"repeat usage. Start again to see what is missing ({error.str()})."
+            )
+        else:
+            raise IntakeStopped(f"Kafka refuses to let partition {number} be read: {error.name()}, {error.str()}")
+
+
+def _record(message: Message) -> Record:
+    # The client's types are wider than what it gives for a record that is no error.
+    try:
+        headers = message.headers()
+    except UnicodeDecodeError:
+        headers = _UNREADABLE  # type: ignore[assignment]
+    return message.offset(), message.timestamp(), message.key(), headers, message.value()  # type: ignore[return-value]
+
+
+def _later(one: Reading | None, other: Reading | None, elapsed: int) -> Reading | None:
+    """Of two readings of other clocks, the one that makes it later."""
+    if one is None or other is None:
+        return one or other
+    return one if one.now(elapsed) >= other.now(elapsed) else other

@@ -1,0 +1,129 @@
+"""The source topic, as the service asks Kafka about it; see docs/decisions/0001 for what the client answers and why."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import ConfigResource
+from confluent_kafka.admin._listoffsets import OffsetSpec
+from confluent_kafka.admin._resource import ResourceType
+
+REQUEST_S: Final = 10.0
+_UNREACHABLE: Final = frozenset({"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE"})
+
+
+class SourceError(Exception):
+    """Kafka or the topic is not as it has to be; the message names the place and the cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """What identifies the source topic, and its size."""
+
+    cluster_id: str
+    name: str
+    topic_id: str
+    partitions: int
+    log_append_time: bool
+
+
+class Source:
+    """One topic of one cluster, and the offsets that a consumer group has committed on it."""
+
+    def __init__(self, client: Mapping[str, Any], topic: str, group: str) -> None:
+        """``client`` are the settings of any librdkafka client."""
+        self.topic = topic
+        self.group = group
+        self._client = dict(client)
+        self._admin = AdminClient(self._client)
+
+    def consumer(self) -> Consumer:
+        """The consumer of stage 1: offsets are ours alone, and small fetches keep memory and latency low."""
+        return Consumer(
+            self._client
+            | {
+                "group.id": self.group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "allow.auto.create.topics": False,
+                # By default a full queue is looked at again after a second, which starves a reader that is fast.
+                "fetch.queue.backoff.ms": 10,
+                "queued.min.messages": 20_000,
+                "queued.max.messages.kbytes": 16_384,
+            }
+        )
+
+    def describe(self) -> Topic:
+        """The topic as it is. Raises ``SourceError`` where it is not there or Kafka cannot be asked."""
+        try:
+            cluster = self._admin.describe_cluster(request_timeout=REQUEST_S).result()
+            collection = TopicCollection([self.topic])
+            found = self._admin.describe_topics(collection, request_timeout=REQUEST_S)[self.topic].result()
+            resource = ConfigResource(ResourceType.TOPIC, self.topic)
+            settings = self._admin.describe_configs([resource], request_timeout=REQUEST_S)[resource].result()
+        except KafkaException as failed:
+            raise SourceError(self._explain(failed.args[0])) from None
+        return Topic(
+            cluster_id=cluster.cluster_id,
+            name=self.topic,
+            topic_id=str(found.topic_id),
+            partitions=len(found.partitions),
+            log_append_time=settings["message.timestamp.type"].value == "LogAppendTime",
+        )
+
+    def ends(self, partitions: Iterable[int], timeout: float = REQUEST_S) -> dict[int, int]:
+        """Where the log ends, records of open transactions included: what is below has all been appended."""
+        return self._offsets(partitions, OffsetSpec.latest(), timeout)  # type: ignore[no-untyped-call]
+
+    def beginnings(self, partitions: Iterable[int]) -> dict[int, int]:
+        """The oldest offset that retention has left."""
+        return self._offsets(partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+    def starts(self, partitions: Iterable[int], time: int) -> dict[int, int]:
+        """The first offset with an arrival at ``time`` (in milliseconds) or later; the end where there is none."""
+        partitions = list(partitions)
+        ends = self.ends(partitions)  # before the times: what is appended in between must not be skipped
+        found = self._offsets(partitions, OffsetSpec.for_timestamp(time))
+        return {p: ends[p] if offset < 0 else offset for p, offset in found.items()}
+
+    def committed(self, consumer: Consumer, partitions: Iterable[int]) -> dict[int, int]:
+        """The group's offsets, as far as it has committed any."""
+        asked = [TopicPartition(self.topic, p) for p in partitions]
+        try:
+            return {p.partition: p.offset for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0}
+        except KafkaException as failed:
+            raise SourceError(self._explain(failed.args[0])) from None
+
+    def commit(self, consumer: Consumer, offsets: Mapping[int, int]) -> None:
+        """Make these the group's offsets, now."""
+        asked = [TopicPartition(self.topic, p, offset) for p, offset in offsets.items()]
+        try:
+            consumer.commit(offsets=asked, asynchronous=False)
+        except KafkaException as failed:
+            raise SourceError(self._explain(failed.args[0])) from None
+
+    def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, timeout: float = REQUEST_S) -> dict[int, int]:
+        asked = {TopicPartition(self.topic, p): spec for p in partitions}
+        try:
+            futures = self._admin.list_offsets(
+                asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout
+            )
+            return {partition.partition: future.result().offset for partition, future in futures.items()}
+        except KafkaException as failed:
+            raise SourceError(self._explain(failed.args[0])) from None
+
+    def _explain(self, error: KafkaError) -> str:
+        servers = self._client["bootstrap.servers"]
+        code = error.code()
+        if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            return f"the topic {self.topic} does not exist at {servers}: create it, or correct kafka.topic"
+        if code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:
+            return f"{servers} refuses access to the topic {self.topic} or the group {self.group}: {error.str()}"
+        if error.name() in _UNREACHABLE:
+            return f"Kafka does not answer at {servers} ({error.str()}): is it up, is bootstrap_servers right?"
+        return f"Kafka at {servers} says: {error.str()}"
