@@ -1,0 +1,422 @@
+"""The life of a total: from the log to Stripe, exactly once, or to a person.
+
+A total is marked durably as possibly tried before it is tried. Whatever happens afterwards, the mark says what is
+known: nothing was left at Stripe, or something may have been. Only delivery or a person clears the second.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from consumer.deliver.answers import Answer, Heard, Verdict, judge
+from consumer.deliver.customers import Customers, LookupFailedError, UnmappedError
+from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Entry, How, Reason, State, outcome, pack, unpack
+from consumer.deliver.held import Parked, Seats
+from consumer.deliver.journal import Journal
+from consumer.deliver.ledger import PREFIX, Ledger
+from consumer.deliver.pacing import SECOND, Shut, delay
+from consumer.deliver.schedule import Live, Phase, Schedule
+from consumer.storage import Changes
+from consumer.totals import Advance, Command, Record, Total, for_stripe, plain, scaled
+
+LOOK_UP_AGAIN: Final = 30 * SECOND
+
+_COLLISIONS: Final = frozenset({Verdict.DUPLICATE, Verdict.MISMATCH})
+_MARKED: Final = frozenset({Phase.ARMING, Phase.READY, Phase.SENT})
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One Meter Event that may be written to Stripe now."""
+
+    identifier: str
+    key: str
+    """The Idempotency-Key."""
+    event_name: str
+    payload: dict[str, str]
+    timestamp: int
+    """Whole seconds since the epoch."""
+    stripe_customer: str
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Something in the log that was not done, and why."""
+
+    at: int
+    identifier: str
+    text: str
+
+
+class Delivery:
+    """Stage 2 on one partition of the totals log. Times are milliseconds since the epoch.
+
+    A total that has been read is in exactly one place: in flight (the schedule), set aside (the seats) or parked.
+    """
+
+    def __init__(self, *, customers: Customers, in_flight: int, parked_limit: int, max_rate: float) -> None:
+        """Bounds in totals, the rate in attempts per second. ``restore`` comes first."""
+        self.ledger = Ledger()
+        self.alarms: dict[Reason, int] = {}
+        """How many totals are parked, by reason, as of the last commit."""
+        self.notes: deque[Note] = deque(maxlen=100)
+        self.noted = 0
+        """How many notes there ever were in this life."""
+        self._customers = customers
+        self._parked_limit = parked_limit
+        self._seats = Seats(in_flight)
+        self._parked = Parked()
+        self._schedule = Schedule(max_rate)
+        self._live: dict[str, Live] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self._futile: set[str] = set()
+        """Totals in flight that were refused while the stage is paused for refusals."""
+        self._stopped: dict[str, str] = {}
+        """What Stripe said of event names whose meter it refused."""
+        self._journal: Journal[Live] = Journal(_pack)
+        self._committing: dict[Reason, int] | None = None
+
+    # What is known from outside
+
+    @property
+    def room(self) -> int:
+        """How many more totals may be read from the log now; the others lie well there."""
+        if self.shut in {Shut.UNAUTHORISED, Shut.REFUSALS}:
+            # Somebody has to find out whether it is cured, and everybody in here was refused.
+            return min(1, self._seats.left) if len(self._futile) >= len(self._live) else 0
+        return max(0, min(self._seats.left, self._parked_limit - len(self._parked) - self._seats.aside))
+
+    @property
+    def shut(self) -> Shut | None:
+        """Why only one total at a time is tried; None where all may be."""
+        return self._schedule.gate.shut
+
+    @property
+    def paused(self) -> str | None:
+        """Why nothing more is read and a person is needed: ``unauthorised``, ``refusals`` or ``parked``."""
+        if self.shut in {Shut.UNAUTHORISED, Shut.REFUSALS}:
+            return str(self.shut)
+        return "parked" if len(self._parked) + self._seats.aside >= self._parked_limit else None
+
+    @property
+    def collisions(self) -> int:
+        """Totals whose identifier Stripe had before we sent it, parked durably."""
+        return self.alarms.get(Reason.COLLISION, 0)
+
+    @property
+    def rate(self) -> float:
+        """Attempts per second at most, as Stripe lets us."""
+        return self._schedule.pacing.rate
+
+    @property
+    def in_flight(self) -> int:
+        """Totals that are sending or to be retried."""
+        return len(self._live)
+
+    @property
+    def aside(self) -> int:
+        """Totals that wait for others of their customer."""
+        return self._seats.aside
+
+    @property
+    def due(self) -> bool:
+        """Whether a commit is worth making now: as much has changed as is moving, or nothing is left to send."""
+        if self._committing is not None:
+            return False
+        return self._schedule.starved or len(self._journal) >= max(1, self._schedule.moving)
+
+    def parked(self) -> Iterator[Entry]:
+        """The parked totals, in the order in which they were."""
+        return iter(self._parked)
+
+    # Restoring and committing
+
+    def restore(self, offset: int, entries: Iterable[tuple[bytes, bytes]], now: int) -> None:
+        """Begin where the last commit ended; without one, at the offset to begin at. Raises ``EntryError``."""
+        for key, value in entries:
+            if key.startswith(PREFIX):
+                self.ledger.load(key, value)
+            else:
+                self._take_back(unpack(value), now)
+        self._journal.forget()
+        self._journal.offset = offset
+        self._fill(now)
+        self.alarms = dict(self._parked.reasons)
+
+    def _take_back(self, entry: Entry, now: int) -> None:
+        self.ledger.restored(entry)
+        if entry.state is State.PARKED:
+            self._parked.add(entry)
+        elif entry.state is State.ASIDE:
+            self._seats.set_aside(entry.customer or entry.total.customer, entry)
+        else:
+            live = self._seat(entry)
+            live.tried = entry.first_unproven is not None
+            self._rest(live, now if entry.state is State.SENDING else entry.next_look)
+
+    def commit(self, now: int) -> Changes | None:
+        """What has to be made durable now, None where nothing has changed. ``committed`` comes before the next one."""
+        if self._committing is not None:
+            raise RuntimeError("the last commit is not settled")
+        for live in self._schedule.arm(now):
+            self._journal.put(live.entry.total.identifier, live)
+        changes = self._journal.take()
+        if changes is not None:
+            changes.puts.update(self.ledger.changes())
+            self._committing = dict(self._parked.reasons)
+        return changes
+
+    def committed(self) -> None:
+        """The last commit is durable: what it marked may be sent, what it parked may be paged about."""
+        if self._committing is None:
+            raise RuntimeError("there is no commit to settle")
+        self._schedule.armed()
+        self.alarms, self._committing = self._committing, None
+
+    # The log and the mapping
+
+    def read(self, offset: int, record: Record, now: int) -> None:
+        """Take the record at an offset; raises ``ValueError`` for one that was read before."""
+        if offset < self._journal.offset:
+            raise ValueError(f"offset {offset} was read before: the next one is {self._journal.offset}")
+        self._journal.move(offset + 1)
+        if isinstance(record, Total):
+            self._begin(record, now)
+        elif not isinstance(record, Advance):
+            self._obey(record, now)
+
+    def _begin(self, total: Total, now: int) -> None:
+        identifier = total.identifier
+        if identifier in self._live or identifier in self._parked or identifier in self._seats:
+            self._note(now, identifier, "it is in the log once more; the first one counts")
+            return
+        self._journal.begin(identifier)
+        self.ledger.read(total)
+        if scaled(total.value):
+            self._place(Entry(total), now)
+        else:
+            self._finish(Entry(total), "zero", now)
+
+    def _obey(self, command: Command, now: int) -> None:
+        identifier = command.identifier
+        entry = self._parked.get(identifier)
+        if entry is None:
+            self._note(now, identifier, f"{command.action} by {command.by}: it is not parked")
+        elif command.action == "discard":
+            self._finish(self._unpark(identifier), "discarded", now, command=command)
+        elif entry.first_unproven is not None:
+            text = (
+                f"release by {command.by} is refused ({entry.reason}): an event with this identifier may be at Stripe"
+            )
+            self._note(now, identifier, text)
+        else:
+            self._stopped.pop(entry.total.stripe.event_name, None)
+            self._place(self._unpark(identifier), now)
+        self._fill(now)
+
+    def remap(self, customers: Customers, now: int) -> None:
+        """Use another mapping, for those who waited for it and for those who have not been tried."""
+        self._customers = customers
+        for customer, identifiers in self._parked.unmapped().items():
+            try:
+                customers.stripe_customer(customer)
+            except (UnmappedError, LookupFailedError):
+                continue
+            for identifier in identifiers:
+                self._place(self._unpark(identifier), now)
+        moved = {live for live in self._live.values() if self._is_other_at_stripe(live)}
+        self._schedule.withdraw(moved.__contains__)
+        for live in moved:
+            self._look(live, now)
+        self._fill(now)
+
+    def _is_other_at_stripe(self, live: Live) -> bool:
+        if live.tried or live.phase is Phase.SENT:
+            return False
+        try:
+            return self._customers.stripe_customer(live.entry.total.customer) != live.entry.customer
+        except UnmappedError:
+            return True
+        except LookupFailedError:
+            return False
+
+    # Sending
+
+    def next(self, now: int) -> Attempt | None:
+        """An attempt to write to Stripe now; None where there is nothing to send now."""
+        for live in (woken := self._schedule.woken(now)):
+            self._look(live, now)
+        if woken:
+            self._fill(now)
+        while (taken := self._schedule.take(now)) is not None:
+            if self._may_go(taken, now):
+                attempt = self._attempts[taken.entry.total.identifier] = _attempt(taken.entry)
+                return attempt
+            self._turn_back(taken, now)
+        return None
+
+    def wake(self, now: int) -> int | None:
+        """When ``next`` may have something that it has not now, as far as time alone decides."""
+        return self._schedule.wake(now)
+
+    def may_send(self, attempt: Attempt, now: int) -> bool:
+        """Whether the attempt may be written at this moment; False ends it, and no answer to it is expected."""
+        if self._attempts.get(attempt.identifier) is not attempt:
+            return False
+        live = self._live[attempt.identifier]
+        if self._may_go(live, now):
+            return True
+        del self._attempts[attempt.identifier]
+        self._turn_back(live, now)
+        return False
+
+    def _may_go(self, live: Live, now: int) -> bool:
+        marked = live.entry.first_unproven
+        stopped = live.entry.total.stripe.event_name in self._stopped
+        return marked is not None and now - marked < SAME_IDENTIFIER_FOR and (live.tried or not stopped)
+
+    def _turn_back(self, live: Live, now: int) -> None:
+        self._schedule.ended(live)
+        if live.tried:
+            self._unseat(live)
+            self._park(live.entry, Reason.IN_DOUBT)
+        else:
+            self._look(live, now)
+        self._fill(now)
+
+    def answered(self, attempt: Attempt, heard: Heard, now: int) -> None:
+        """What came of an attempt; an attempt that is over already has no say."""
+        if self._attempts.get(attempt.identifier) is not attempt:
+            return
+        del self._attempts[attempt.identifier]
+        live = self._live[attempt.identifier]
+        verdict = judge(heard)
+        self._schedule.ended(live)
+        live.entry.attempts += 1
+        if verdict.stored:
+            live.entry.generation += 1
+        for other in self._schedule.heard(live, heard, verdict, now):
+            self._look(other, now)
+        if not self.shut:
+            self._futile.clear()
+        replayed = isinstance(heard, Answer) and heard.replayed
+        if not live.tried and (replayed or verdict in _COLLISIONS):
+            # The mark stays: an event with this identifier is at Stripe, and nobody knows since when.
+            self._unseat(live)
+            self._park(live.entry, Reason.COLLISION, heard.message)
+        elif verdict is Verdict.DELIVERED or verdict is Verdict.DUPLICATE:
+            self._stopped.pop(attempt.event_name, None)
+            self._unseat(live)
+            self._finish(live.entry, "delivered" if verdict is Verdict.DELIVERED else "duplicate", now, attempt=attempt)
+        elif verdict is Verdict.UNPROVEN:
+            live.tried = True
+            self._rest(live, now + delay(attempt.identifier, live.entry.attempts))
+        else:
+            self._left_nothing(live, verdict, heard.message, now)
+        self._fill(now)
+
+    def _left_nothing(self, live: Live, verdict: Verdict, message: str | None, now: int) -> None:
+        """That is known of this attempt alone: a total that was tried before stays as doubtful as it was."""
+        entry = live.entry
+        if not live.tried:
+            entry.first_unproven = None
+        if verdict is Verdict.METER_REFUSED:
+            self._stopped[entry.total.stripe.event_name] = message or ""
+            self._unseat(live)
+            self._park(entry, Reason.METER, message)
+        elif verdict is Verdict.REFUSED and self.shut is not Shut.REFUSALS:
+            self._unseat(live)
+            self._park(entry, Reason.REFUSED, message)
+        else:
+            if verdict is Verdict.REFUSED:
+                self._futile.add(entry.total.identifier)
+            self._rest(live, now + delay(entry.total.identifier, entry.attempts))
+
+    # From one place to another
+
+    def _place(self, entry: Entry, now: int) -> None:
+        """An untried total that is nowhere: find out who it is for, and let it in, set it aside, park or finish it."""
+        total = entry.total
+        entry.state, entry.customer, entry.first_unproven = State.RETRY, None, None
+        known = True
+        try:
+            entry.customer = self._customers.stripe_customer(total.customer)
+        except UnmappedError:
+            self._park(entry, Reason.UNMAPPED)
+            return
+        except LookupFailedError:
+            known = False
+        customer = entry.customer or total.customer
+        if known and entry.customer is None:
+            self._finish(entry, "unbilled", now)
+        elif total.stripe.event_name in self._stopped:
+            self._park(entry, Reason.METER, self._stopped[total.stripe.event_name])
+        elif not self._seats.free(customer):
+            entry.state = State.ASIDE
+            self._journal.put(total.identifier, self._seats.set_aside(customer, entry))
+        elif known:
+            live = self._seat(entry)
+            self._schedule.wait(live)
+            self._journal.put(total.identifier, live)
+        else:
+            self._rest(self._seat(entry), now + LOOK_UP_AGAIN)
+
+    def _fill(self, now: int) -> None:
+        while (entry := self._seats.call()) is not None:
+            self._place(entry, now)
+
+    def _look(self, live: Live, now: int) -> None:
+        if live.tried:
+            self._schedule.ready(live)
+        else:
+            self._unseat(live)
+            self._place(live.entry, now)
+
+    def _rest(self, live: Live, until: int) -> None:
+        self._schedule.rest(live, until)
+        self._journal.put(live.entry.total.identifier, live)
+
+    def _seat(self, entry: Entry) -> Live:
+        live = self._live[entry.total.identifier] = Live(entry, entry.customer or entry.total.customer)
+        self._seats.sit(live.seat)
+        return live
+
+    def _unseat(self, live: Live) -> None:
+        identifier = live.entry.total.identifier
+        self._schedule.leave(live)
+        del self._live[identifier]
+        self._futile.discard(identifier)
+        self._seats.leave(live.seat)
+
+    def _park(self, entry: Entry, reason: Reason, message: str | None = None) -> None:
+        entry.state, entry.reason, entry.message = State.PARKED, reason, message
+        self.ledger.park(entry.total, reason)
+        self._journal.put(entry.total.identifier, self._parked.add(entry))
+
+    def _unpark(self, identifier: str) -> Entry:
+        entry, reason = self._parked.pop(identifier)
+        self.ledger.unpark(entry.total, reason)
+        return entry
+
+    def _finish(
+        self, entry: Entry, how: How, now: int, *, attempt: Attempt | None = None, command: Command | None = None
+    ) -> None:
+        self.ledger.finish(entry.total, how)
+        self._journal.finish(outcome(entry, how, now, key=attempt.key if attempt else None, command=command))
+
+    def _note(self, now: int, identifier: str, text: str) -> None:
+        self.notes.append(Note(now, identifier, text))
+        self.noted += 1
+
+
+def _attempt(entry: Entry) -> Attempt:
+    total, to = entry.total, entry.total.stripe
+    if entry.customer is None:
+        raise RuntimeError(f"{total.identifier} was armed without a customer")
+    payload = {to.customer_key: entry.customer, to.value_key: plain(for_stripe(scaled(total.value)))}
+    return Attempt(total.identifier, entry.key, to.event_name, payload, total.timestamp, entry.customer)
+
+
+def _pack(live: Live) -> bytes:
+    live.entry.state = State.SENDING if live.phase in _MARKED else State.RETRY
+    return pack(live.entry)

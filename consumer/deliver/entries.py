@@ -1,0 +1,170 @@
+"""What stage 2 keeps and leaves behind: the entry of a total that is not finished, and the outcome of one that is."""
+
+from enum import StrEnum
+from typing import Final, Literal
+
+import msgspec
+
+from consumer.totals import Command, Total, for_stripe, plain, scaled
+
+HOUR: Final = 3_600_000
+
+SAME_IDENTIFIER_FOR: Final = 23 * HOUR
+"""Stripe keeps identifiers unique for 24 hours; one of them is left for clocks and for the request's way."""
+
+_VERSION: Final = b"\x01"
+
+
+class State(StrEnum):
+    """Where an unfinished total stands."""
+
+    SENDING = "sending"
+    """It may be written to Stripe at any moment; after a restore it counts as tried."""
+    RETRY = "retry"
+    ASIDE = "aside"
+    """Untried, until its customer's others are finished."""
+    PARKED = "parked"
+
+
+class Reason(StrEnum):
+    """Why a total is parked."""
+
+    UNMAPPED = "unmapped"
+    REFUSED = "refused"
+    METER = "meter"
+    COLLISION = "collision"
+    IN_DOUBT = "in_doubt"
+
+
+class Entry(msgspec.Struct, array_like=True):
+    """A total that is not finished. Times are milliseconds since the epoch."""
+
+    total: Total
+    state: State = State.RETRY
+    customer: str | None = None
+    """The Stripe customer; it stays the same from the first attempt that is not proven absent."""
+    first_unproven: int | None = None
+    """No later than the first attempt that may have left an event at Stripe; None where none can have."""
+    generation: int = 0
+    """Of the idempotency key."""
+    attempts: int = 0
+    next_look: int = 0
+    reason: Reason | None = None
+    message: str | None = None
+    """What Stripe said, where that is why it is parked."""
+
+    @property
+    def key(self) -> str:
+        """The Idempotency-Key of the next attempt."""
+        identifier = self.total.identifier
+        return f"{identifier}:{self.generation}" if self.generation else identifier
+
+
+class EntryError(ValueError):
+    """An entry cannot be read; going on without it would lose the total."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Entry)
+
+
+def pack(entry: Entry) -> bytes:
+    """The entry as it is stored: a byte for the version, then MessagePack."""
+    return _VERSION + _encoder.encode(entry)
+
+
+def unpack(value: bytes) -> Entry:
+    """The entry that was packed; raises ``EntryError``."""
+    if value[:1] != _VERSION:
+        raise EntryError(f"version {value[:1].hex() or 'none'} of a delivery entry is unknown: use the newer tallyman")
+    try:
+        return _decoder.decode(value[1:])
+    except msgspec.DecodeError as error:
+        raise EntryError(f"a delivery entry cannot be read: {error}") from error
+
+
+How = Literal["delivered", "duplicate", "unbilled", "zero", "discarded", "refused"]
+
+BILLED: Final[frozenset[How]] = frozenset({"delivered", "duplicate"})
+
+
+class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of a total: one record of the outcomes log, enough to audit it and to compare days with Stripe."""
+
+    identifier: str
+    how: How
+    at: int
+    """When it was known, in milliseconds since the epoch."""
+    pipeline: str
+    meter: str
+    edition: str
+    partition: int
+    window_start: int
+    """Seconds since the epoch."""
+    window: Literal["1m", "1h"]
+    revision: int
+    timestamp: int
+    """The one that Stripe bills by, in seconds since the epoch."""
+    customer: str
+    event_name: str
+    events: int
+    value: str
+    """Exact."""
+    billed: str = "0"
+    """What Stripe was told: the value in at most 15 significant digits."""
+    rounded: str = "0"
+    """The value less what was billed, where it was billed."""
+    stripe_customer: str | None = None
+    attempts: int = 0
+    key: str | None = None
+    """The last Idempotency-Key; Stripe's error reports name it."""
+    first_unproven: int | None = None
+    by: str | None = None
+    """Who decided, where a person did."""
+    reason: str | None = None
+
+
+def outcome(entry: Entry, how: How, at: int, *, key: str | None = None, command: Command | None = None) -> Outcome:
+    """What became of a total: the attempt with this key ended it, or this command did."""
+    total = entry.total
+    value = scaled(total.value)
+    billed = for_stripe(value) if how in BILLED else 0
+    return Outcome(
+        identifier=total.identifier,
+        how=how,
+        at=at,
+        pipeline=total.pipeline,
+        meter=total.meter,
+        edition=total.edition,
+        partition=total.partition,
+        window_start=total.window_start,
+        window=total.window,
+        revision=total.revision,
+        timestamp=total.timestamp,
+        customer=total.customer,
+        event_name=total.stripe.event_name,
+        events=total.events,
+        value=total.value,
+        billed=plain(billed),
+        rounded=plain(value - billed) if how in BILLED else "0",
+        stripe_customer=entry.customer,
+        attempts=entry.attempts,
+        key=key,
+        first_unproven=entry.first_unproven,
+        by=command.by if command else None,
+        reason=command.reason if command else None,
+    )
+
+
+_outcome_encoder = msgspec.json.Encoder()
+_outcome_decoder = msgspec.json.Decoder(Outcome)
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    """One record of the outcomes log."""
+    return _outcome_encoder.encode(outcome)
+
+
+def decode_outcome(value: bytes) -> Outcome:
+    """The outcome that was encoded; raises ``msgspec.DecodeError`` for anything else."""
+    return _outcome_decoder.decode(value)

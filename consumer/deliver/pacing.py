@@ -1,0 +1,160 @@
+"""How fast totals are sent, when they are tried again, and when only one of them probes."""
+
+import zlib
+from collections import Counter, deque
+from enum import StrEnum
+from typing import Final
+
+from consumer.deliver.answers import Verdict
+
+SECOND: Final = 1000
+MINUTE: Final = 60 * SECOND
+
+_FIRST_DELAY: Final = SECOND
+_LONGEST_DELAY: Final = 5 * MINUTE
+
+
+def delay(identifier: str, attempts: int) -> int:
+    """Milliseconds until a total is tried again after so many attempts.
+
+    Doubles from a second to five minutes. Up to a half is taken off, by a digest: totals that failed together do not
+    come back together, and the same total always waits as long.
+    """
+    longest = min(_FIRST_DELAY << min(max(attempts, 1) - 1, 16), _LONGEST_DELAY)
+    share = zlib.crc32(f"{identifier}:{attempts}".encode()) / 2**33
+    return longest - int(longest * share)
+
+
+class Pacing:
+    """A token bucket whose rate adapts: up by a sixtieth of the maximum a second, halved when Stripe says too fast."""
+
+    def __init__(self, max_rate: float) -> None:
+        """The highest rate, in attempts per second; it is also the first."""
+        if max_rate <= 0:
+            raise ValueError(f"max_rate must be positive: {max_rate}")
+        self.max_rate = float(max_rate)
+        self.rate = self.max_rate
+        self._tokens = self._depth()
+        self._filled = 0
+        self._raised = 0
+        self._cut = 0
+
+    def wait(self, now: int) -> int:
+        """Milliseconds until the next attempt; 0 means that it may be made now."""
+        if now != self._filled:
+            # A clock that steps back must neither mint tokens nor stop the flow until it has caught up.
+            self._tokens = min(self._depth(), self._tokens + max(0, now - self._filled) * self.rate / SECOND)
+            self._filled = now
+        if self._tokens >= 1:
+            return 0
+        return max(1, -int((self._tokens - 1) * SECOND // self.rate))
+
+    def spend(self) -> None:
+        """An attempt is made."""
+        self._tokens -= 1
+
+    def went_well(self, now: int) -> None:
+        """An answer came that did not ask for less."""
+        if self.rate < self.max_rate and not 0 <= now - self._raised < SECOND:
+            self.rate = min(self.max_rate, self.rate + self.max_rate / 60)
+            self._raised = now
+
+    def too_fast(self, now: int) -> None:
+        """Stripe asked for less. What it says within a second counts once: those attempts were made at one rate."""
+        if not 0 <= now - self._cut < SECOND:
+            self._slow_down(self.rate / 2, now)
+
+    def start_over(self, now: int) -> None:
+        """Stripe was away; what has piled up must not knock it over again."""
+        self._slow_down(min(self.rate, self.max_rate / 10), now)
+
+    def _slow_down(self, rate: float, now: int) -> None:
+        self.rate = max(rate, min(1.0, self.max_rate))
+        self._tokens = min(self._tokens, self._depth())
+        self._cut = self._raised = now
+
+    def _depth(self) -> float:
+        return max(1.0, self.rate / 10)
+
+
+class Shut(StrEnum):
+    """Why only one total at a time is tried."""
+
+    DOWN = "down"
+    """No answers: neither this stage nor a person can do anything but wait. Not a pause: reading goes on."""
+    UNAUTHORISED = "unauthorised"
+    REFUSALS = "refusals"
+
+
+_SILENCE: Final = frozenset({Verdict.UNPROVEN, Verdict.ABSENT})
+_PAST_THE_DOOR: Final = frozenset(
+    {Verdict.DELIVERED, Verdict.DUPLICATE, Verdict.REFUSED, Verdict.METER_REFUSED, Verdict.MISMATCH}
+)
+_CURES: Final = {
+    Shut.DOWN: _PAST_THE_DOOR | {Verdict.BUSY},
+    Shut.UNAUTHORISED: _PAST_THE_DOOR,
+    Shut.REFUSALS: frozenset({Verdict.DELIVERED, Verdict.DUPLICATE}),
+}
+
+
+class Gate:
+    """Open, or shut for a reason: then one total at a time probes until Stripe takes it."""
+
+    SILENT: Final = 20
+    """So many attempts in a row without an answer, or with nothing but server errors, mean that Stripe is down."""
+    ATTEMPTS: Final = 200
+    REFUSED: Final = 40
+    """More refusals than this among the last ATTEMPTS, of at least CUSTOMERS customers, are not about single totals."""
+    CUSTOMERS: Final = 5
+    PROBE_EVERY: Final = 30 * SECOND
+
+    def __init__(self) -> None:
+        self.shut: Shut | None = None
+        self.probe_at = 0
+        self._silent = 0
+        self._probes = 0
+        self._last: deque[str | None] = deque()
+        self._refused: Counter[str] = Counter()
+
+    def heard(self, verdict: Verdict, customer: str, *, probe: bool, now: int) -> None:
+        """Take an answer into account. Of those to come while it is shut, only the probe's can open it."""
+        if self.shut is None:
+            self._remember(customer if verdict is Verdict.REFUSED else None)
+            self._silent = self._silent + 1 if verdict in _SILENCE else 0
+            if verdict is Verdict.UNAUTHORISED:
+                self._close(Shut.UNAUTHORISED, now)
+            elif self._refused.total() > self.REFUSED and len(self._refused) >= self.CUSTOMERS:
+                self._close(Shut.REFUSALS, now)
+            elif self._silent >= self.SILENT:
+                self._close(Shut.DOWN, now)
+        elif verdict is Verdict.UNAUTHORISED and self.shut is not Shut.UNAUTHORISED:
+            self._close(Shut.UNAUTHORISED, now)
+        elif probe and verdict in _CURES[self.shut]:
+            self._open()
+        elif probe:
+            self._probes += 1
+            self._plan(now)
+
+    def _remember(self, refused: str | None) -> None:
+        self._last.append(refused)
+        if refused is not None:
+            self._refused[refused] += 1
+        if len(self._last) > self.ATTEMPTS and (forgotten := self._last.popleft()) is not None:
+            self._refused[forgotten] -= 1
+            if not self._refused[forgotten]:
+                del self._refused[forgotten]
+
+    def _close(self, reason: Shut, now: int) -> None:
+        self.shut = reason
+        self._probes = 0
+        self._plan(now)
+
+    def _plan(self, now: int) -> None:
+        soon = SECOND << min(self._probes, 16)
+        self.probe_at = now + (min(soon, self.PROBE_EVERY) if self.shut is Shut.DOWN else self.PROBE_EVERY)
+
+    def _open(self) -> None:
+        self.shut = None
+        self._silent = 0
+        self._last.clear()
+        self._refused.clear()
