@@ -163,13 +163,13 @@ def _tree(paths: Iterable[Path]) -> _Tree:
     if not named or () in named:
         return None
     root: dict[str, Any] = {}
-    for path in sorted(named, key=len):
+    for path in sorted(named):
         members: _Tree = root
         for step in path[:-1]:
             if members is not None:
                 members = members.setdefault(str(step), {})
         if members is not None:
-            members.setdefault(str(path[-1]), None)
+            members[str(path[-1])] = None
     return root
 
 
