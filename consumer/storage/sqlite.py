@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, Final, NamedTuple
 
 from consumer.storage import Append, Changes, Log, Restored, Stage, StorageError
-from consumer.storage.sqlite_file import Watch, checkpoint, connect, explained, locked, verify, write_ahead
+from consumer.storage.sqlite_file import Watch, beside, checkpoint, connect, explained, locked, verify, write_ahead
 
 SCHEMA_VERSION: Final = 1
 
@@ -119,6 +119,8 @@ class SqliteStore:
         self._writer, self._reader = connections
         self._writing, self._reading = Lock(), Lock()
         self._watch = watch
+        self._wal = beside(path, "-wal")
+        self._checkpoint_at = WAL_BYTES
 
     @classmethod
     @contextmanager
@@ -176,9 +178,9 @@ class SqliteStore:
         log keeps growing: they are to be read without delay.
         """
         with explained(self.path):
+            self._watch.check()  # first: SQLite would put the remaining files in order around a file that is not ours
             snapshot = connect(self.path)
             try:
-                self._watch.check()
                 snapshot.execute("BEGIN")
                 row = snapshot.execute(
                     'SELECT "offset" FROM offsets WHERE stage = ? AND partition = ?', (stage, partition)
@@ -271,8 +273,10 @@ class SqliteStore:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
-            if self.path.with_name(f"{self.path.name}-wal").stat().st_size >= WAL_BYTES:
+            if self._wal.stat().st_size >= self._checkpoint_at:
                 checkpoint(self._writer)
+                # Where a reader prevented it, there is no use in trying, and waiting, at every commit.
+                self._checkpoint_at = self._wal.stat().st_size + WAL_BYTES
 
     def _apply(self, transaction: sqlite3.Connection, stage: Stage, changes: Mapping[int, Changes]) -> None:
         now = self._now()
@@ -313,6 +317,10 @@ def _place(path: Path, *, create: bool) -> Path:
             raise StorageError(f"{path}: there is no directory {path.parent}: create or mount it, or correct the path")
         if not create and not path.exists():
             raise StorageError(f"{path} does not exist: correct the path, or start the service once")
+        wal = beside(path, "-wal")
+        # SQLite would start an empty file and delete the log.
+        if not (path.exists() and path.stat().st_size) and wal.exists() and wal.stat().st_size:
+            raise StorageError(f"{wal} holds commits, and {path} is not there: put back both, or move the -wal away")
         return path
 
 

@@ -58,6 +58,11 @@ _MEANINGS: Final = {
 }
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """The file that belongs to this one: SQLite's -wal and -shm, our .lock."""
+    return path.with_name(path.name + suffix)
+
+
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """A connection that any thread may use, one at a time; transactions are begun and ended in SQL."""
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
@@ -115,9 +120,9 @@ class Watch:
 
     def __init__(self, path: Path, guard: Path | None) -> None:
         """The database is open; ``guard`` is the lock file of a service."""
-        beside = (path.with_name(f"{path.name}{suffix}") for suffix in ("-wal", "-shm"))
+        parts = (path, beside(path, "-wal"), beside(path, "-shm"), *([guard] if guard else []))
         self._path = path
-        self._seen = {part: _identity(part) for part in (path, *beside, *([guard] if guard else []))}
+        self._seen = {part: _identity(part) for part in parts}
 
     def check(self) -> None:
         """Raise where one of the files is not the one that was opened."""
@@ -141,7 +146,7 @@ def _identity(path: Path) -> tuple[int, int]:
 @contextmanager
 def locked(path: Path) -> Iterator[Path]:
     """Hold the lock file beside it, which says by whom; it stays, for removing it would race with the next holder."""
-    guard = path.with_name(f"{path.name}.lock")
+    guard = beside(path, ".lock")
     with explained(guard):
         descriptor = os.open(guard, os.O_RDWR | os.O_CREAT, 0o644)
     try:
