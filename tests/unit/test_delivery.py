@@ -1,0 +1,691 @@
+"""The life of a total, told in stories: in each of them money is lost or doubled where the rule does not hold."""
+
+import pytest
+
+from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected
+from consumer.deliver.entries import SAME_IDENTIFIER_FOR, EntryError, Reason, State, pack, unpack
+from consumer.deliver.ledger import PREFIX
+from tests.unit.delivery_world import (
+    BROKEN,
+    BUSY,
+    HOUR,
+    MINUTE,
+    NO_METER,
+    OK,
+    REFUSED,
+    SECOND,
+    World,
+    duplicate,
+)
+
+PROVEN_ABSENT = [BUSY, Answer(409, "idempotency_error"), NeverConnected("refused")]
+
+
+def test_a_total_is_delivered_once_and_leaves_an_outcome_and_no_entry() -> None:
+    """The everyday life: read, armed, sent, answered, finished."""
+    world = World()
+    identifier = world.total("alice", "12.5")
+    world.run(world.now + MINUTE)
+
+    assert world.stripe.billed == [(identifier, "cus_alice", "12.5")]
+    (outcome,) = world.outcomes
+    assert (outcome.identifier, outcome.how, outcome.billed, outcome.stripe_customer) == (
+        identifier,
+        "delivered",
+        "12.5",
+        "cus_alice",
+    )
+    assert (outcome.timestamp, outcome.attempts, outcome.key) == (1_779_999_007, 1, identifier)
+    assert world.entries == {}
+    assert world.balanced()
+
+
+def test_nothing_is_sent_before_its_mark_is_durable() -> None:
+    """Sent first and marked later, a crash between the two forgets the attempt, and a day later it is sent again."""
+    world = World()
+    identifier = world.total()
+    world.read()
+    assert world.send() is None
+
+    assert world.store()
+    assert world.send() is None
+    assert world.entry(identifier).state is State.SENDING
+    assert world.entry(identifier).first_unproven == world.now
+
+    world.delivery.committed()
+    attempt = world.must_send()
+    assert (attempt.identifier, attempt.key) == (identifier, identifier)
+    assert attempt.payload == {"stripe_customer_id": "cus_alice", "value": "5"}
+    assert attempt.timestamp == 1_779_999_007
+
+
+def test_after_a_crash_what_was_sending_is_tried_at_once_under_the_same_identifier() -> None:
+    """It had arrived, and the answer was lost with the process: the refusal as duplicate means delivered."""
+    world = World()
+    attempt = world.sent()
+    world.stripe.post(attempt, world.now)
+    world.restart()
+
+    again = world.must_send()
+    assert again == attempt
+    world.delivery.answered(again, duplicate(again.identifier), world.now)
+    world.commit()
+    assert [outcome.how for outcome in world.outcomes] == ["duplicate"]
+    assert world.balanced()
+
+
+def test_a_replayed_success_on_a_restored_total_is_its_delivery() -> None:
+    """Stripe stored the answer that the crash kept from us."""
+    world = World()
+    world.stripe.post(world.sent(), world.now)
+    world.restart()
+    again = world.must_send()
+    answer = world.stripe.post(again, world.now)
+    assert answer.replayed
+    world.delivery.answered(again, answer, world.now)
+    world.commit()
+    assert [outcome.how for outcome in world.outcomes] == ["delivered"]
+    assert len(world.stripe.billed) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        duplicate("x"),
+        Answer(200, replayed=True),
+        Answer(500, "api_error", replayed=True),
+        Answer(400, "idempotency_error", message="Keys for idempotent requests can only be used with the same …"),
+    ],
+)
+def test_on_a_sure_first_attempt_it_is_a_collision(answer: Answer) -> None:
+    """Somebody else has used our identifier: a total of ours that was called delivered would never be billed."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, answer, world.now)
+    assert world.parked() == {attempt.identifier: "collision"}
+    assert world.delivery.collisions == 0, "paged about before it is durable"
+
+    assert world.store()
+    assert world.delivery.collisions == 0
+    world.delivery.committed()
+    assert world.delivery.collisions == 1
+    assert world.balanced()
+
+
+def test_a_collision_is_not_released_because_its_identifier_may_be_free_again_tomorrow() -> None:
+    """After a store was set back, every total collides; released a day later, each would be billed twice."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, duplicate(attempt.identifier), world.now)
+    world.wait(25 * HOUR)
+    world.command("release", attempt.identifier)
+    world.obey()
+    assert world.parked() == {attempt.identifier: "collision"}
+    assert "may be at Stripe" in world.delivery.notes[-1].text
+    assert world.delivery.noted == 1
+
+
+@pytest.mark.parametrize("absent", PROVEN_ABSENT)
+def test_after_an_attempt_that_left_nothing_the_next_one_needs_a_new_mark(absent: Heard) -> None:
+    """The first mark is taken back, so that hours without a connection make no doubts; a retry is marked anew."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, absent, world.now)
+    world.commit()
+    assert world.entry(attempt.identifier).first_unproven is None
+    assert world.entry(attempt.identifier).state is State.RETRY
+
+    world.wait(MINUTE)
+    assert world.send() is None
+    assert world.due()
+    world.commit()
+    assert world.must_send().identifier == attempt.identifier
+    assert world.entry(attempt.identifier).first_unproven == world.now
+
+
+@pytest.mark.parametrize("absent", PROVEN_ABSENT)
+def test_after_an_attempt_that_left_nothing_the_next_one_is_a_sure_first_one(absent: Heard) -> None:
+    """A duplicate there is a collision still: our first attempt cannot have left it."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, absent, world.now)
+    world.wait(MINUTE)
+    world.send()
+    world.commit()
+    world.delivery.answered(world.must_send(), duplicate(attempt.identifier), world.now)
+    assert world.parked() == {attempt.identifier: "collision"}
+
+
+@pytest.mark.parametrize("unproven", [BROKEN, Lost("timeout")])
+def test_an_unproven_attempt_is_retried_on_its_standing_mark(unproven: Heard) -> None:
+    """No commit is needed between a 500 and the retry: the durable entry has said since before that it was tried."""
+    world = World()
+    attempt = world.sent()
+    marked = world.now
+    world.delivery.answered(attempt, unproven, world.now)
+    world.wait(MINUTE)
+    again = world.must_send()
+    assert again.identifier == attempt.identifier
+    assert world.entry(attempt.identifier).first_unproven == marked
+
+    world.delivery.answered(again, duplicate(attempt.identifier), world.now)
+    world.commit()
+    assert [outcome.how for outcome in world.outcomes] == ["duplicate"]
+
+
+@pytest.mark.parametrize("nothing", [*PROVEN_ABSENT, Answer(401, "invalid_request_error")])
+def test_that_an_attempt_left_nothing_says_nothing_of_the_one_before(nothing: Heard) -> None:
+    """A 500 that had arrived, then a 429: forgetting the 500 would make a collision of our own event."""
+    world = World()
+    attempt = world.sent()
+    marked = world.now
+    world.delivery.answered(attempt, world.stripe.post(attempt, world.now, broken=True), world.now)
+    world.wait(MINUTE)
+    world.delivery.answered(world.must_send(), nothing, world.now)
+    world.commit()
+    assert world.entry(attempt.identifier).first_unproven == marked
+
+    world.wait(10 * MINUTE)
+    world.run(world.now + HOUR)
+    assert [outcome.how for outcome in world.outcomes] == ["duplicate"]
+    assert len(world.stripe.billed) == 1
+
+
+def test_a_refusal_after_an_unproven_attempt_cannot_be_released() -> None:
+    """The customer was deleted after the event had arrived: released later, it would be billed a second time."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.wait(MINUTE)
+    world.delivery.answered(world.must_send(), REFUSED, world.now)
+    assert world.parked() == {attempt.identifier: "refused"}
+    world.command("release", attempt.identifier)
+    world.obey()
+    assert world.parked() == {attempt.identifier: "refused"}
+    assert world.delivery.noted == 1
+
+
+def test_a_stored_500_is_escaped_by_another_key() -> None:
+    """Stripe replays its 500 for as long as the key lives: under the same key the total would never get through."""
+    world = World()
+    attempt = world.sent()
+    keys = [attempt.key]
+    for _ in range(3):
+        world.delivery.answered(attempt, BROKEN, world.now)
+        world.wait(10 * MINUTE)
+        attempt = world.must_send()
+        keys.append(attempt.key)
+    name = attempt.identifier
+    assert keys == [name, f"{name}:1", f"{name}:2", f"{name}:3"]
+
+
+@pytest.mark.parametrize("busy", [BUSY, Answer(409, "idempotency_error")])
+def test_a_429_and_a_409_are_not_stored_and_keep_their_key(busy: Answer) -> None:
+    """Another key would not hurt, but the same one lets Stripe recognise an attempt that is still under way."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, busy, world.now)
+    world.wait(MINUTE)
+    world.send()
+    world.commit()
+    assert world.must_send().key == attempt.key
+
+
+def test_the_generation_of_the_key_survives_a_crash() -> None:
+    """Otherwise every restart begins with the stored 500 again."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, BROKEN, world.now)
+    world.commit()
+    world.restart()
+    world.wait(MINUTE)
+    assert world.must_send().key == f"{attempt.identifier}:1"
+
+
+def test_a_key_mismatch_on_a_tried_total_moves_on_to_the_next_key() -> None:
+    """The key was used, by us; the identifier decides whether the event is there."""
+    world = World()
+    attempt = world.sent()
+    world.stripe.post(attempt, world.now)
+    world.restart()
+    world.delivery.answered(world.must_send(), Answer(400, "idempotency_error"), world.now)
+    world.wait(MINUTE)
+    again = world.must_send()
+    assert again.key == f"{attempt.identifier}:1"
+    world.delivery.answered(again, world.stripe.post(again, world.now), world.now)
+    world.commit()
+    assert [outcome.how for outcome in world.outcomes] == ["duplicate"]
+
+
+def test_after_23_hours_an_unproven_total_is_in_doubt_and_never_sent_again() -> None:
+    """Stripe forgets identifiers after a day: what was billed yesterday would be billed again."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, world.stripe.post(attempt, world.now, broken=True), world.now)
+    world.wait(SAME_IDENTIFIER_FOR - 1)
+    again = world.must_send()
+    world.delivery.answered(again, Lost(), world.now)
+    world.wait(HOUR)
+    world.run(world.now + 48 * HOUR)
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+    assert len(world.stripe.billed) == 1
+    assert world.delivery.alarms[Reason.IN_DOUBT] == 1
+
+    world.restart()
+    world.run(world.now + 48 * HOUR)
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+    assert world.balanced()
+
+
+def test_the_23_hours_are_checked_again_before_the_request_is_written() -> None:
+    """The attempt lay in a queue of connections while the last hour went by."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.wait(SAME_IDENTIFIER_FOR - 1)
+    again = world.send()
+    assert again is not None
+    world.wait(1)
+    assert not world.delivery.may_send(again, world.now)
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+    assert not world.delivery.may_send(again, world.now)
+    world.delivery.answered(again, OK, world.now)
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+
+
+def test_an_old_mark_of_a_total_that_was_not_sent_is_renewed_and_makes_no_doubt() -> None:
+    """We know that it was not sent, and say so before we send it."""
+    world = World()
+    identifier = world.total()
+    world.read()
+    world.commit()
+    world.wait(30 * HOUR)
+    assert world.send() is None
+    world.commit()
+    assert world.must_send().identifier == identifier
+    assert world.entry(identifier).first_unproven == world.now
+
+
+def test_a_restored_total_that_was_marked_23_hours_ago_is_in_doubt() -> None:
+    """The service was down for a day, and went down while it was sending."""
+    world = World()
+    attempt = world.sent()
+    world.wait(23 * HOUR)
+    world.restart()
+    assert world.send() is None
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+
+
+def test_a_doubt_is_ended_by_a_person_who_discards_it() -> None:
+    """Who and why is in the outcome; the value moves to discarded."""
+    world = World()
+    attempt = world.sent()
+    world.wait(24 * HOUR)
+    world.restart()
+    assert world.send() is None
+    world.command("discard", attempt.identifier)
+    world.run(world.now + MINUTE)
+    (outcome,) = world.outcomes
+    assert (outcome.how, outcome.by, outcome.reason, outcome.billed) == ("discarded", "eve", "because", "0")
+    assert world.parked() == {}
+    assert world.entries == {}
+    assert world.balanced()
+
+
+def test_a_refused_total_is_parked_with_what_stripe_said_and_can_be_released() -> None:
+    """One deleted customer stops nobody else; once it is repaired, the total goes out under the same identifier."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, REFUSED, world.now)
+    other = world.total("bob")
+    world.run(world.now + MINUTE)
+    assert [(outcome.identifier, outcome.how) for outcome in world.outcomes] == [(other, "delivered")]
+    (entry,) = world.delivery.parked()
+    assert (entry.reason, entry.message) == ("refused", REFUSED.message)
+    assert world.balanced()
+
+    world.restart()
+    world.command("release", attempt.identifier)
+    world.run(world.now + MINUTE)
+    assert [outcome.identifier for outcome in world.outcomes] == [other, attempt.identifier]
+    assert world.outcomes[-1].key == f"{attempt.identifier}:1"
+    assert world.balanced()
+
+
+def test_a_refused_meter_parks_its_event_name_and_no_other() -> None:
+    """A deactivated meter refuses everything: one question is enough, and other meters go on."""
+    world = World(names={name: f"cus_{name}" for name in "abcdef"})
+    tokens = [world.total(name) for name in "abcdef"]
+    world.read()
+    world.commit()
+    first = world.must_send()
+    world.delivery.answered(first, NO_METER, world.now)
+    other = world.total("a", meter="storage")
+    late = world.total("b")
+    world.run(world.now + MINUTE)
+    assert world.parked() == dict.fromkeys([*tokens, late], "meter")
+    assert [outcome.identifier for outcome in world.outcomes] == [other]
+    assert world.balanced()
+
+    for identifier in [*tokens, late]:
+        world.command("release", identifier)
+    world.run(world.now + MINUTE)
+    assert len(world.outcomes) == 8
+    assert world.parked() == {}
+
+
+def test_an_unmapped_customer_waits_for_the_mapping_and_a_null_one_is_not_billed() -> None:
+    """A customer whom sales has not entered yet is money; one who is mapped to null is not."""
+    world = World(names={"free": None})
+    carol, dave, free = world.total("carol"), world.total("dave"), world.total("free", "7")
+    world.run(world.now + MINUTE)
+    assert world.parked() == {carol: "unmapped", dave: "unmapped"}
+    assert [(outcome.identifier, outcome.how) for outcome in world.outcomes] == [(free, "unbilled")]
+
+    world.restart()
+    world.names.known |= {"carol": "cus_carol", "dave": None}
+    world.delivery.remap(world.names, world.now)
+    world.run(world.now + MINUTE)
+    assert {outcome.identifier: outcome.how for outcome in world.outcomes[1:]} == {
+        carol: "delivered",
+        dave: "unbilled",
+    }
+    assert world.stripe.billed == [(carol, "cus_carol", "5")]
+    assert world.balanced()
+
+
+def test_a_failed_lookup_is_not_an_unmapped_customer() -> None:
+    """Nothing is known: the total is asked about again, and nobody is paged."""
+    world = World()
+    identifier = world.total()
+    world.names.fails = True
+    world.run(world.now + MINUTE)
+    assert world.parked() == {}
+    assert world.entry(identifier).state is State.RETRY
+    world.names.fails = False
+    world.wait(MINUTE)
+    world.run(world.now + MINUTE)
+    assert [outcome.how for outcome in world.outcomes] == ["delivered"]
+
+
+def test_the_customer_is_frozen_by_an_attempt_that_may_have_arrived() -> None:
+    """A mapping that changes between two tries would bill one customer's usage to two."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.names.known["alice"] = "cus_other"
+    world.delivery.remap(world.names, world.now)
+    world.wait(MINUTE)
+    assert world.must_send().stripe_customer == "cus_alice"
+    world.commit()
+    world.restart()
+    world.wait(MINUTE)
+    assert world.must_send().stripe_customer == "cus_alice"
+
+
+def test_a_total_that_left_nothing_follows_the_mapping() -> None:
+    """Nothing of it is at Stripe: it goes to whom it belongs now."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, BUSY, world.now)
+    marked = world.total("alice")
+    world.read()
+    world.commit()
+    world.names.known["alice"] = "cus_other"
+    world.delivery.remap(world.names, world.now)
+    world.wait(MINUTE)
+    world.run(world.now + MINUTE)
+    assert sorted(world.stripe.billed) == [(attempt.identifier, "cus_other", "5"), (marked, "cus_other", "5")]
+
+
+def test_zero_is_finished_unsent() -> None:
+    """It adds nothing to an invoice and costs a request; a mapping is not needed either."""
+    world = World()
+    world.total("nobody", "0")
+    world.run(world.now + MINUTE)
+    assert [outcome.how for outcome in world.outcomes] == ["zero"]
+    assert world.stripe.billed == []
+    assert world.balanced()
+
+
+def test_a_value_beyond_stripes_digits_is_rounded_and_the_difference_kept() -> None:
+    """15 digits go out, without an exponent; what is cut off is accounted for, and not lost."""
+    world = World()
+    world.total("alice", "123456789012.123456789012")
+    world.run(world.now + MINUTE)
+    assert world.stripe.billed[0][2] == "123456789012.123"
+    (outcome,) = world.outcomes
+    assert (outcome.value, outcome.billed, outcome.rounded) == (
+        "123456789012.123456789012",
+        "123456789012.123",
+        "0.000456789012",
+    )
+    book = world.delivery.ledger.books["ai-tokens"]
+    assert book.rounded.value == 456789012
+    assert book.missing == 0
+
+
+def test_one_customer_and_meter_has_one_request_at_a_time() -> None:
+    """Stripe answers the second one with 429; another meter or customer does not wait."""
+    world = World()
+    world.total("alice")
+    second = world.total("alice")
+    world.total("alice", meter="storage")
+    world.total("bob")
+    world.read()
+    world.commit()
+    attempts = [world.must_send() for _ in range(3)]
+    assert {(attempt.stripe_customer, attempt.event_name) for attempt in attempts} == {
+        ("cus_alice", "ai_tokens"),
+        ("cus_alice", "storage"),
+        ("cus_bob", "ai_tokens"),
+    }
+    assert world.send() is None
+    world.delivery.answered(attempts[0], OK, world.now)
+    assert world.must_send().identifier == second
+
+
+def test_nobody_waits_for_a_customer_with_a_backlog() -> None:
+    """Beyond its share a customer's totals are set aside; they are entries, and come in one by one, in order."""
+    world = World(in_flight=40)
+    flood = [world.total("alice") for _ in range(50)]
+    bob = world.total("bob")
+    world.read()
+    assert world.delivery.in_flight == 3
+    assert world.delivery.aside == 48
+    world.commit()
+    assert [entry.state for entry in world.entries.values()].count(State.ASIDE) == 48
+    assert {world.must_send().identifier, world.must_send().identifier} == {flood[0], bob}
+    assert world.balanced()
+
+    world.restart()
+    assert world.delivery.aside == 48
+    world.run(world.now + HOUR)
+    assert [identifier for identifier, customer, _ in world.stripe.billed if customer == "cus_alice"] == flood
+    assert world.balanced()
+
+
+def test_several_names_of_one_stripe_customer_have_one_share() -> None:
+    """They queue in one lane, so they may not take everybody's place."""
+    world = World(names={"a": "cus_1", "b": "cus_1", "c": "cus_1", "d": "cus_2"}, in_flight=40)
+    for name in "abcd":
+        world.total(name)
+    world.read()
+    assert (world.delivery.in_flight, world.delivery.aside) == (3, 1)
+
+
+def test_the_log_keeps_what_does_not_fit_into_flight() -> None:
+    """However long Stripe is away, memory stays flat."""
+    world = World(names={str(number): f"cus_{number}" for number in range(50)}, in_flight=20)
+    for number in range(50):
+        world.total(str(number))
+    world.read()
+    assert (world.position, world.delivery.room) == (20, 0)
+    world.run(world.now + MINUTE)
+    assert len(world.stripe.billed) == 50
+
+
+def test_at_the_limit_of_parked_totals_the_stage_pauses_and_goes_on_after_a_decision() -> None:
+    """A mapping that lost everybody must not read the whole log into entries."""
+    world = World(names={}, parked_limit=5)
+    identifiers = [world.total(f"c{number}") for number in range(9)]
+    world.run(world.now + MINUTE)
+    assert str(world.delivery.paused) == "parked"
+    assert (world.position, world.delivery.room) == (5, 0)
+    world.names.known = {f"c{number}": f"cus_{number}" for number in range(9)}
+    world.delivery.remap(world.names, world.now)
+    world.run(world.now + MINUTE)
+    assert not world.delivery.paused
+    assert [identifier for identifier, *_ in world.stripe.billed] == identifiers
+
+
+def test_commands_about_totals_that_are_not_parked_are_noted() -> None:
+    """A mistyped identifier is visible and stops nothing."""
+    world = World()
+    world.command("release", "tm1-nonsense")
+    world.command("discard", world.total())
+    world.obey()
+    world.read()
+    assert world.delivery.noted == 2
+    assert [note.identifier for note in world.delivery.notes] == ["tm1-nonsense", "tm1-1-alice"]
+    world.run(world.now + MINUTE)
+    assert len(world.stripe.billed) == 1
+
+
+def test_a_total_that_is_in_the_log_twice_counts_once() -> None:
+    """While it is here we know it; later Stripe does, and it is parked as a collision."""
+    world = World()
+    identifier = world.total()
+    world.log.append(world.log[0])
+    world.run(world.now + MINUTE)
+    assert world.delivery.noted == 1
+    world.log.append(world.log[0])
+    world.run(world.now + MINUTE)
+    assert len(world.stripe.billed) == 1
+    assert world.parked() == {identifier: "collision"}
+    assert world.balanced()
+
+
+def test_a_record_is_not_read_twice() -> None:
+    """A shell that seeks wrongly is stopped, not obeyed."""
+    world = World()
+    world.total()
+    world.read()
+    with pytest.raises(ValueError, match="offset 0 was read before"):
+        world.delivery.read(0, world.log[0], world.now)
+
+
+def test_advances_move_the_offset_and_nothing_else() -> None:
+    """Alone they are no reason for a commit, but a commit takes them along."""
+    world = World()
+    world.advance()
+    world.read()
+    assert not world.due()
+    assert world.commit()
+    assert (world.offset, world.durable) == (1, {})
+    assert not world.commit()
+
+
+def test_answers_of_an_earlier_life_have_no_say() -> None:
+    """The request of before the crash is answered late, while its successor is on its way."""
+    world = World()
+    old = world.sent()
+    world.restart()
+    new = world.must_send()
+    world.delivery.answered(old, REFUSED, world.now)
+    assert world.parked() == {}
+    world.delivery.answered(new, OK, world.now)
+    assert world.delivery.in_flight == 0
+
+
+def test_a_commit_is_due_when_there_is_something_to_arm_and_when_half_of_it_is_done() -> None:
+    """Large commits while there is enough to send, at once when there is not."""
+    world = World(names={str(number): f"cus_{number}" for number in range(10)})
+    assert not world.due()
+    for number in range(10):
+        world.total(str(number))
+    world.read()
+    assert world.due()
+    world.store()
+    assert not world.due()
+    world.delivery.committed()
+    for done in range(10):
+        assert world.due() == (done >= 5)
+        world.delivery.answered(world.must_send(), OK, world.now)
+    assert world.due()
+
+
+def test_what_changes_while_a_commit_is_on_its_way_is_in_the_next_one() -> None:
+    """The answer came while the disk was busy."""
+    world = World()
+    first = world.sent("alice")
+    bob = world.total("bob")
+    world.read()
+    world.store()
+    world.delivery.answered(first, OK, world.now)
+    world.delivery.committed()
+    assert world.outcomes == []
+    world.commit()
+    assert [outcome.identifier for outcome in world.outcomes] == [first.identifier]
+    assert set(world.entries) == {bob}
+
+
+def test_commits_are_settled_one_after_the_other() -> None:
+    """Two at once could arrive in the wrong order."""
+    world = World()
+    world.total()
+    world.read()
+    world.store()
+    with pytest.raises(RuntimeError):
+        world.delivery.commit(world.now)
+    world.delivery.committed()
+    with pytest.raises(RuntimeError):
+        world.delivery.committed()
+
+
+def test_an_entry_of_an_unknown_version_is_refused() -> None:
+    """An older program must not guess at what a newer one wrote, or drop it."""
+    world = World()
+    world.sent()
+    (packed,) = (value for key, value in world.durable.items() if not key.startswith(PREFIX))
+    assert pack(unpack(packed)) == packed
+    for wrong in (b"\x02" + packed[1:], b"", packed[:-1]):
+        with pytest.raises(EntryError):
+            unpack(wrong)
+    world.durable[PREFIX + b"ai-tokens"] = b'{"version":2,"columns":{}}'
+    with pytest.raises(EntryError, match="version 2"):
+        world.restart()
+
+
+def test_the_ledger_survives_crashes_and_values_longer_than_64_bits() -> None:
+    """Counted again or forgotten by a restart, it would accuse or acquit at random."""
+    world = World(names={"alice": "cus_alice"})
+    world.total("alice", "999999999999999")
+    world.total("alice", "-2.5")
+    world.total("zoe", "3")
+    world.run(world.now + MINUTE)
+    before = world.delivery.ledger.books["ai-tokens"]
+    world.restart()
+    after = world.delivery.ledger.books["ai-tokens"]
+    assert after.delivered.value == before.delivered.value == 9999999999999965 * 10**11
+    assert (after.read.totals, after.read.events) == (3, 9)
+    assert (after.parked[Reason.UNMAPPED].totals, after.pending.totals) == (1, 0)
+    assert world.balanced()
+
+
+def test_backoff_lets_others_pass_and_grows_to_five_minutes() -> None:
+    """One total that always fails costs next to nothing."""
+    world = World()
+    attempt = world.sent()
+    pauses = []
+    for _ in range(15):
+        world.delivery.answered(attempt, Lost(), world.now)
+        wake = world.delivery.wake(world.now)
+        assert wake is not None
+        pauses.append(wake - world.now)
+        world.wait(pauses[-1] - 1)
+        assert world.send() is None
+        world.wait(1)
+        attempt = world.must_send()
+    assert pauses[0] <= SECOND
+    assert all(MINUTE * 2.5 <= pause <= MINUTE * 5 for pause in pauses[10:])
