@@ -18,8 +18,8 @@ from consumer import deadletters, totals
 from consumer.aggregate import buckets, ledger
 from consumer.aggregate.buckets import Buckets
 from consumer.aggregate.clock import AGREEMENT
-from consumer.aggregate.counting import Counting
-from consumer.aggregate.duplicates import INTERVALS, Chunk, Remembered
+from consumer.aggregate.counting import FUTURE, Counting, read_by_all
+from consumer.aggregate.duplicates import INTERVALS, Chunk, Name, Remembered
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.aggregate.meters import Meter, Source, identifier
 from consumer.aggregate.readers import Uncountable, paths_of
@@ -37,10 +37,13 @@ LOG_APPEND_TIME: Final = 2
 CLOSINGS_PER_COMMIT: Final = 10_000
 """So that a backlog's many windows make no commit that takes long or grows without bound."""
 
+_LONGEST_DETAIL: Final = 500
+"""Characters of what is said about a dead letter: it quotes the event, which may be of any size."""
+
 _PARTITION_BOOK: Final = b"p"
 _METER_BOOK: Final = b"m"
 _CHUNK: Final = b"i"
-_CHUNK_KEY: Final = struct.Struct(">QI")
+_CHUNK_KEY: Final = struct.Struct(">IQI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ class Aggregator:
                 if meter:
                     customer, quantity = meter.read(event, arrival - at)
                 else:
-                    parts = [(each, *each.read(event, arrival - at)) for each in meters]
+                    parts = read_by_all(meters, event, arrival - at)
             except (Malformed, Uncountable) as refused:
                 self._bury(record, refused.reason, refused.detail)
                 continue
@@ -196,8 +199,7 @@ class Aggregator:
     @property
     def next_close(self) -> int | None:
         """The clock at which the next bucket closes."""
-        next_due = self._buckets.next_due
-        return None if next_due is None else next_due + self.settle
+        return self._buckets.next_close
 
     def closes_by(self, clock: int) -> bool:
         """Whether a bucket would close if the clock were this far."""
@@ -237,7 +239,7 @@ class Aggregator:
 
     def commit(self) -> Changes:
         """Close what is due, at most 10,000 totals of it, and say what has to be made durable."""
-        closings = self._buckets.close(self.book.clock - self.settle, CLOSINGS_PER_COMMIT)
+        closings = self._buckets.close(self.book.clock, CLOSINGS_PER_COMMIT)
         appends, self._appends = self._appends, []
         for closing in closings:
             total = self._total(closing)
@@ -249,8 +251,8 @@ class Aggregator:
         puts, deletes = self._buckets.changes()
         chunks, dropped = self._remembered.changes()
         for chunk in chunks:
-            puts[_CHUNK + _CHUNK_KEY.pack(chunk.interval, chunk.number)] = chunk.digests
-        deletes.extend(_CHUNK + _CHUNK_KEY.pack(interval, number) for interval, number in dropped)
+            puts[_CHUNK + _CHUNK_KEY.pack(*chunk.name)] = chunk.digests
+        deletes.extend(_CHUNK + _CHUNK_KEY.pack(*name) for name in dropped)
         puts[_PARTITION_BOOK] = ledger.encode(self.book)
         for name, book in self._meter_books.items():
             puts[_METER_BOOK + name.encode()] = ledger.encode(book)
@@ -293,8 +295,9 @@ class Aggregator:
     def _bury(self, record: Record, reason: str, detail: str) -> None:
         offset, (_, stamp), key, headers, value = record
         self.book.dead[reason] = self.book.dead.get(reason, 0) + 1
-        letter = DeadLetter(self.source.partition, offset, stamp, reason, detail)
-        if value is not None and len(value) <= LARGEST_VALUE:
+        letter = DeadLetter(self.source.partition, offset, stamp, reason, detail[:_LONGEST_DETAIL])
+        parts = (key, value, *(text for header in headers or () for text in header))
+        if sum(len(part) for part in parts if part is not None) <= LARGEST_VALUE:
             letter = msgspec.structs.replace(letter, key=key, headers=list(headers or ()), value=value)
         self._appends.append(Append(Log.DEAD_LETTERS, b"%d" % self.source.partition, deadletters.encode(letter)))
 
@@ -305,8 +308,7 @@ class Aggregator:
             if buckets.owns(key):
                 rows.append((key, value))
             elif key[:1] == _CHUNK:
-                interval, number = _CHUNK_KEY.unpack(key[1:])
-                chunks.append(Chunk(interval, number, value))
+                chunks.append(Chunk(Name(*_CHUNK_KEY.unpack(key[1:])), value))
             elif key[:1] == _METER_BOOK:
                 self._meter_books[key[1:].decode()] = ledger.decode(value, MeterBook)
             elif key == _PARTITION_BOOK:
@@ -314,7 +316,8 @@ class Aggregator:
             else:
                 raise UnknownEntryError(f"partition {self.source.partition} has an entry of unknown kind: {key[:40]!r}")
         self._buckets.restore(rows)
-        self._remembered = Remembered(deduplicate_for, chunks)
+        # An event may be dated ahead of its arrival, and is accepted that much longer: longer than deduplicate_for.
+        self._remembered = Remembered(deduplicate_for + FUTURE, chunks)
         self.check()
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """Open buckets: running sums per customer, until the log clock has passed their due time.
 
-A bucket closes by what it carries itself (its due time, its place at Stripe), also when its meter is gone from the
-configuration. Closing takes rows out in one fixed order: by due time, meter, window, revision, edition and customer.
+A bucket closes by what it carries itself (its time, its place at Stripe), also when its meter is gone from the
+configuration. Closing takes rows out in one fixed order: by time, meter, window, revision, edition and customer.
 """
 
 import heapq
@@ -34,6 +34,8 @@ class Header(msgspec.Struct, frozen=True):
     meter: str
     window: Literal["1m", "1h"]
     due: int
+    closes: int
+    """The clock at which it closes: by the configuration that opened it, so that it can never be opened again."""
     stripe: Destination
 
 
@@ -83,8 +85,8 @@ class Buckets:
         self._deletes: list[bytes] = []
 
     @property
-    def next_due(self) -> int | None:
-        """When the first of the open buckets is due."""
+    def next_close(self) -> int | None:
+        """The clock at which the first of the open buckets closes."""
         return self._order[0][0] if self._order else None
 
     def on_time(self, edition: bytes) -> dict[int, Bucket]:
@@ -99,9 +101,9 @@ class Buckets:
             self._add(bucket)
         return bucket
 
-    def close(self, passed: int, limit: int) -> Iterator[Closing]:
-        """Take out at most ``limit`` rows of the buckets that are due at ``passed`` or before."""
-        while limit and self._order and self._order[0][0] <= passed:
+    def close(self, clock: int, limit: int) -> Iterator[Closing]:
+        """Take out at most ``limit`` rows of the buckets that close at ``clock`` or before."""
+        while limit and self._order and self._order[0][0] <= clock:
             _, _, start, revision, edition = self._order[0]
             bucket = self.open[edition, start, revision]
             if self._draining is None or self._draining[0] is not bucket:
@@ -172,7 +174,7 @@ class Buckets:
         if bucket.revision == 0:
             self.on_time(bucket.edition)[bucket.start] = bucket
         header = bucket.header
-        heapq.heappush(self._order, (header.due, header.meter, bucket.start, bucket.revision, bucket.edition))
+        heapq.heappush(self._order, (header.closes, header.meter, bucket.start, bucket.revision, bucket.edition))
 
 
 def owns(key: bytes) -> bool:

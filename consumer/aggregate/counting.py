@@ -1,5 +1,6 @@
 """A meter at work on one partition: what it makes of an event, and the bucket that it goes to."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from consumer.aggregate.buckets import CHANGED, NEW, SAVED, Bucket, Buckets, Header
@@ -60,6 +61,15 @@ class Counting:
             raise Uncountable("future", f"its event time is {-age / MINUTE:.0f} minutes after its arrival")
         return self._customer(event), self._quantity(event)
 
+    @property
+    def rounded(self) -> int:
+        """Events of which decimals were lost."""
+        return self._book.rounded
+
+    @rounded.setter
+    def rounded(self, events: int) -> None:
+        self._book.rounded = events
+
     def add(self, at: int, customer: str, quantity: int, offset: int) -> None:
         """Count it, in the window of its event time and the first revision that is still open."""
         book = self._book
@@ -94,5 +104,17 @@ class Counting:
 
     def _open(self, start: int, revision: int) -> Bucket:
         meter = self._meter
-        header = Header(meter.name, meter.window, due(start + self._grace, revision), meter.stripe)
+        due_at = due(start + self._grace, revision)
+        header = Header(meter.name, meter.window, due_at, due_at + self._settle, meter.stripe)
         return self._buckets.bucket(self._edition, start, revision, header)
+
+
+def read_by_all(meters: Sequence[Counting], event: Event, age: int) -> list[tuple[Counting, str, int]]:
+    """What each of several meters would count. Raises ``Uncountable`` where one of them cannot, and then none does."""
+    rounded = [meter.rounded for meter in meters]
+    try:
+        return [(meter, *meter.read(event, age)) for meter in meters]
+    except Uncountable:
+        for meter, before in zip(meters, rounded, strict=True):
+            meter.rounded = before
+        raise

@@ -1,8 +1,8 @@
 """Duplicates: which event ids have been counted, told by arithmetic on arrival intervals.
 
-Time is cut into intervals of ``deduplicate_for`` / 24. An id is a duplicate if it last arrived at most 24 intervals
-ago, whatever happens to be in memory, and a duplicate renews its id. Arrivals never go back, so only the current
-interval grows, and an interval that has fallen behind is forgotten whole.
+Time is cut into 24 intervals for the time that an id is remembered. An id is a duplicate if it last arrived at most 24
+intervals ago, whatever happens to be in memory, and a duplicate renews its id. Arrivals never go back, so only the
+current interval grows, and an interval that has fallen behind is forgotten whole.
 
 Ids are 64-bit digests: with five million remembered, a new event looks like a duplicate once in 4·10¹² cases.
 """
@@ -17,11 +17,19 @@ IDS_PER_CHUNK: Final = 8_000
 """Digests in one entry: 64 000 bytes, within the 64 KB that a message may have."""
 
 
+class Name(NamedTuple):
+    """Of a chunk. Intervals are counted in widths, so that a state outlives a change of their width."""
+
+    width: int
+    """Milliseconds."""
+    interval: int
+    number: int
+
+
 class Chunk(NamedTuple):
     """One entry: digests, in the order of their arrival, that came (again) in one interval."""
 
-    interval: int
-    number: int
+    name: Name
     digests: bytes
     """Little-endian, eight bytes each."""
 
@@ -33,24 +41,32 @@ class Remembered:
     way it then puts it into ``seen`` with the current ``interval`` and, if it was not there so, into ``fresh``.
     """
 
-    __slots__ = ("_chunks", "_dropped", "_unsaved", "_width", "fresh", "interval", "seen")
+    __slots__ = ("_chunks", "_dropped", "_older", "_unsaved", "_width", "fresh", "interval", "seen")
 
-    def __init__(self, deduplicate_for: int, chunks: Iterable[Chunk] = ()) -> None:
-        self._width = deduplicate_for // INTERVALS
+    def __init__(self, remember_for: int, chunks: Iterable[Chunk] = ()) -> None:
+        """Whatever comes again within ``remember_for``, in milliseconds, is a duplicate."""
+        self._width = -(-remember_for // INTERVALS)
         self.interval = 0
         self.seen: dict[int, int] = {}
         """Digest to the interval in which it last arrived."""
         self.fresh: list[int] = []
         """What was put into the current interval since the last commit."""
         self._chunks: dict[int, list[array[int]]] = {}
+        self._older: dict[int, list[tuple[Name, array[int]]]] = {}
+        """Chunks of another width, by the interval in which theirs ends: the latest that their ids can have come."""
         self._unsaved: dict[int, int] = {}
         """Per interval, the first chunk that the store does not have as it is."""
-        self._dropped: list[tuple[int, int]] = []
-        for chunk in sorted(chunks):
-            digests = _little_endian(array("Q", chunk.digests))
-            self._chunks.setdefault(chunk.interval, []).append(digests)
-            self.seen.update(dict.fromkeys(digests, chunk.interval))
-            self.interval = chunk.interval
+        self._dropped: list[Name] = []
+        # Those of today's width come last: what they say of an id is newer.
+        for name, packed in sorted(chunks, key=lambda chunk: (chunk.name.width == self._width, chunk.name)):
+            digests = _little_endian(array("Q", packed))
+            interval = ((name.interval + 1) * name.width - 1) // self._width
+            if name.width == self._width:
+                self._chunks.setdefault(interval, []).append(digests)
+                self.interval = interval
+            else:
+                self._older.setdefault(interval, []).append((name, digests))
+            self.seen.update(dict.fromkeys(digests, interval))
 
     def __len__(self) -> int:
         return len(self.seen)
@@ -61,17 +77,17 @@ class Remembered:
         if interval > self.interval:
             self._fold()
             self.interval = interval
-            for old in [i for i in self._chunks if interval - i > INTERVALS]:
+            for old in [i for i in {*self._chunks, *self._older} if interval - i > INTERVALS]:
                 self._forget(old)
         return (self.interval + 1) * self._width
 
-    def changes(self) -> tuple[Iterator[Chunk], list[tuple[int, int]]]:
-        """What a commit has to put, and the (interval, number) of what it has to delete."""
+    def changes(self) -> tuple[Iterator[Chunk], list[Name]]:
+        """The chunks that a commit has to put, and those that it has to delete."""
         self._fold()
         unsaved, dropped = self._unsaved, self._dropped
         self._unsaved, self._dropped = {}, []
         return (
-            Chunk(interval, number, _little_endian(self._chunks[interval][number]).tobytes())
+            Chunk(Name(self._width, interval, number), _little_endian(self._chunks[interval][number]).tobytes())
             for interval, first in unsaved.items()
             for number in range(first, len(self._chunks[interval]))
         ), dropped
@@ -88,10 +104,12 @@ class Remembered:
         self.fresh.clear()
 
     def _forget(self, interval: int) -> None:
-        chunks = self._chunks.pop(interval)
+        chunks = self._older.pop(interval, [])
+        numbered = enumerate(self._chunks.pop(interval, []))
+        chunks.extend((Name(self._width, interval, number), digests) for number, digests in numbered)
         self._unsaved.pop(interval, None)
-        self._dropped.extend((interval, number) for number in range(len(chunks)))
-        for digests in chunks:
+        for name, digests in chunks:
+            self._dropped.append(name)
             for digest in digests:
                 if self.seen.get(digest) == interval:
                     del self.seen[digest]

@@ -52,7 +52,7 @@ class Meter:
             RULES,
             self.name,
             sorted(self.event_types),
-            sorted((path, sorted((type(v).__name__, str(v)) for v in values)) for path, values in self.where),
+            sorted((str(path), sorted((type(v).__name__, str(v)) for v in values)) for path, values in self.where),
             self.aggregation,
             self.value,
             self.decimals,

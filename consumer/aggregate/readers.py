@@ -16,6 +16,8 @@ LONGEST_CUSTOMER: Final = 255
 
 _CACHED: Final = 50_000
 """Pieces of text whose meaning is kept; a value seen again is then not parsed again."""
+_LONGEST_CACHED: Final = 100
+"""Bytes: anybody can send long ones."""
 _SHORT: Final = 5
 """Bytes of a number that may well come again; there are at most some 100 000 of them."""
 _UNIT: Final = tuple(10 ** (SCALE_DIGITS - n) for n in range(SCALE_DIGITS + 1))
@@ -76,7 +78,7 @@ def _condition(get: RawText, allowed: tuple[Scalar, ...]) -> Callable[[Event], b
         answer = known.get(text)
         if answer is None:
             answer = _is_one_of(text, wanted)
-            if len(known) < _CACHED:
+            if len(known) < _CACHED and len(text) <= _LONGEST_CACHED:
                 known[text] = answer
         return answer
 
@@ -120,7 +122,7 @@ def _customer_at(get: RawText, meter: Meter) -> Callable[[Event], str]:
         found = known.get(text)
         if found is None:
             found = _customer_named(text, meter)
-            if len(known) < _CACHED:
+            if len(known) < _CACHED and len(text) <= _LONGEST_CACHED:
                 known[text] = found
         return found
 
@@ -128,12 +130,14 @@ def _customer_at(get: RawText, meter: Meter) -> Callable[[Event], str]:
 
 
 def _customer_named(text: bytes, meter: Meter) -> str:
-    value = msgspec.json.decode(text) if len(text) <= 6 * LONGEST_CUSTOMER else text.decode("utf-8", "replace")
+    value: object = None
+    if text[:1] not in b"[{":  # brackets nest as deep as anybody likes
+        value = msgspec.json.decode(text) if len(text) <= 6 * LONGEST_CUSTOMER else text.decode()
     if type(value) is int:
         value = str(value)
     if not isinstance(value, str) or not value:
         raise Uncountable("customer_invalid", f"the customer at {shown(meter.customer)} is no string: {text[:60]!r}")
-    if len(value.encode("utf-8", "surrogatepass")) > LONGEST_CUSTOMER:
+    if len(value.encode()) > LONGEST_CUSTOMER:
         raise Uncountable("customer_too_long", f"the customer is longer than {LONGEST_CUSTOMER} bytes: {value[:60]}…")
     return value
 

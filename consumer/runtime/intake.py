@@ -77,7 +77,6 @@ class Intake:
         clock: Clock,
         commit_every: int,
         open_keys: int,
-        log_append_time: bool,
         witness: Callable[[], Reading | None],
         committed: Callable[[], None],
     ) -> None:
@@ -89,7 +88,6 @@ class Intake:
         self._clock = clock
         self._commit_every = commit_every
         self._open_keys = open_keys
-        self._log_append_time = log_append_time
         self._outside_witness = witness
         self._tell_committed = committed
         self._broker_witness: Reading | None = None
@@ -99,6 +97,8 @@ class Intake:
         """Whether the last commit left windows to close, more than one commit may."""
         self.partitions: dict[int, Partition] = {}
         self.committed: dict[int, Committed] = {}
+        self.kafka_silent_since: int | None = None
+        """The time of day since which Kafka has not been reached; None while it is."""
         self.turned = clock.elapsed()
         """When the loop last went round, by the monotonic clock."""
         self.last_commit: tuple[int, float] | None = None
@@ -217,17 +217,23 @@ class Intake:
 
     def _look_at_ends(self) -> None:
         for number, partition in self.partitions.items():
-            known = self._consumer.get_watermark_offsets(TopicPartition(self._source.topic, number), cached=True)
-            if known is not None and known[1] >= 0:
-                partition.end = known[1]
+            _, end = self._consumer.get_watermark_offsets(TopicPartition(self._source.topic, number), cached=True)
+            if end >= 0:
+                partition.end = end
+        if self.kafka_silent_since is not None:
+            try:
+                self._source.ends([0], END_S)
+            except SourceError:
+                return
+            self.kafka_silent_since = None
 
     def _check_limit(self) -> None:
         keys = sum(partition.aggregator.open_keys for partition in self.partitions.values())
         if keys > self._open_keys:
             raise IntakeStopped(
                 f"{keys} customers in open buckets are more than limits.open_keys allows ({self._open_keys}). Nothing "
-                "is lost. Raise it and the memory (about 500 bytes each), choose smaller windows or less lateness, or, if "
-                "this is a backfill, produce it more slowly."
+                "is lost. Raise it and the memory (about 500 bytes each), choose smaller windows or less lateness, "
+                "or, if this is a backfill, produce it more slowly."
             )
 
     def _commit_is_due(self, elapsed: int) -> bool:
@@ -279,11 +285,13 @@ class Intake:
                 partition.read_to = max(partition.read_to, offset)
         elif error.name() in _PASSING or (error.retriable() and not error.fatal()):
             log.warning("kafka_error", error=error.name(), reason=error.str())
+            if error.name() == "_ALL_BROKERS_DOWN":
+                self.kafka_silent_since = self.kafka_silent_since or self._clock.now()
         elif error.name() in {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE", "_LOG_TRUNCATION"}:
             raise IntakeStopped(
                 f"partition {number} of {self._source.topic} does not have offset {message.offset()} any more: "
-                "retention deleted records before they were read, or the log was cut short. Going on elsewhere would skip or "
-                f"repeat usage. Start again to see what is missing ({error.str()})."
+                "retention deleted records before they were read, or the log was cut short. Going on elsewhere would "
+                f"skip or repeat usage. Start again to see what is missing ({error.str()})."
             )
         else:
             raise IntakeStopped(f"Kafka refuses to let partition {number} be read: {error.name()}, {error.str()}")

@@ -1,6 +1,7 @@
 """The source topic, as the service asks Kafka about it; see docs/decisions/0001 for what the client answers and why."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -91,19 +92,21 @@ class Source:
         found = self._offsets(partitions, OffsetSpec.for_timestamp(time))
         return {p: ends[p] if offset < 0 else offset for p, offset in found.items()}
 
-    def committed(self, consumer: Consumer, partitions: Iterable[int]) -> dict[int, int]:
+    def committed(self, partitions: Iterable[int]) -> dict[int, int]:
         """The group's offsets, as far as it has committed any."""
         asked = [TopicPartition(self.topic, p) for p in partitions]
         try:
-            return {p.partition: p.offset for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0}
+            with closing(self.consumer()) as consumer:
+                return {p.partition: p.offset for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0}
         except KafkaException as failed:
             raise SourceError(self._explain(failed.args[0])) from None
 
-    def commit(self, consumer: Consumer, offsets: Mapping[int, int]) -> None:
+    def commit(self, offsets: Mapping[int, int]) -> None:
         """Make these the group's offsets, now."""
         asked = [TopicPartition(self.topic, p, offset) for p, offset in offsets.items()]
         try:
-            consumer.commit(offsets=asked, asynchronous=False)
+            with closing(self.consumer()) as consumer:
+                consumer.commit(offsets=asked, asynchronous=False)
         except KafkaException as failed:
             raise SourceError(self._explain(failed.args[0])) from None
 

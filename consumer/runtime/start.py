@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from consumer.runtime.source import Topic
+from consumer.storage.sqlite import Facts
 
 LONGEST_BACK: Final = timedelta(days=34)
 """Stripe takes events of the last 35 days."""
@@ -17,19 +18,6 @@ LONGEST_BACK: Final = timedelta(days=34)
 
 class StartRefused(Exception):
     """Going on would lose or repeat usage; the message says what does not fit and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What the state says of itself."""
-
-    pipeline: str
-    cluster_id: str
-    topic: str
-    topic_id: str
-    bill_from: int
-    partitions: int
-    offsets: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +57,10 @@ def first_start(pipeline: str, bill_from: int | None, found: Found, now: int, *,
     return bill_from
 
 
-def next_start(pipeline: str, bill_from: int | None, state: Recorded, found: Found, *, place: str) -> range:
-    """Judge a start with state. Returns the partitions that the topic has had added."""
+def next_start(
+    pipeline: str, bill_from: int | None, state: Facts, offsets: Mapping[int, int], found: Found, *, place: str
+) -> range:
+    """Judge a start with state, which has read up to these offsets. Returns the partitions that have been added."""
     anew = "`tallyman reset --bill-from T` archives the state and starts over with events from T on."
     for what, recorded, now in (
         ("pipeline", state.pipeline, pipeline),
@@ -94,7 +84,7 @@ def next_start(pipeline: str, bill_from: int | None, state: Recorded, found: Fou
             f"{found.topic.name} had {state.partitions} partitions and has {found.topic.partitions}. {anew}"
         )
     for partition in range(state.partitions):
-        offset = state.offsets.get(partition)
+        offset = offsets.get(partition)
         if offset is None:
             raise StartRefused(
                 f"{place} has no offset for partition {partition}: it is damaged. Restore a backup; {anew}"

@@ -1,0 +1,241 @@
+"""What Prometheus sees. What counts events and totals is read from committed books, so that no crash falsifies it."""
+
+import platform
+from collections.abc import Iterator
+from typing import Final
+
+import confluent_kafka
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from consumer import __version__
+from consumer.deliver.answers import Heard, Verdict, judge
+from consumer.deliver.delivery import Attempt
+from consumer.deliver.ledger import Column
+from consumer.runtime.clocks import Clock
+from consumer.runtime.intake import Intake
+from consumer.runtime.reporter import Reporter
+from consumer.totals import SCALE
+
+_SECONDS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
+"""Stripe usually answers within a third of a second."""
+
+_BILLED: Final = frozenset({Verdict.DELIVERED, Verdict.DUPLICATE})
+
+
+class Requests:
+    """Counts what is asked of Stripe."""
+
+    def __init__(self, registry: CollectorRegistry, *, grace: int, clock: Clock) -> None:
+        """``grace``: for how many milliseconds after its period an invoice still takes usage."""
+        self._grace = grace
+        self._clock = clock
+        self._answers = Counter(
+            "tallyman_stripe_requests", "Requests to Stripe, by what came of them.", ["result"], registry=registry
+        )
+        self._took = Histogram(
+            "tallyman_stripe_request_duration_seconds",
+            "Time from writing a request to its answer, or to giving up waiting for one.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._late = Counter(
+            "tallyman_totals_after_grace",
+            "Totals delivered when an invoice they may have belonged on was final: it does not have them.",
+            ["meter"],
+            registry=registry,
+        )
+        self._late_value = Counter(
+            "tallyman_totals_after_grace_value", "The value of those totals.", ["meter"], registry=registry
+        )
+
+    def observe(self, attempt: Attempt, heard: Heard, seconds: float) -> None:
+        """One request is over."""
+        verdict = judge(heard)
+        self._answers.labels(verdict.value).inc()
+        self._took.observe(seconds)
+        if verdict in _BILLED and self._clock.now() > attempt.timestamp * 1000 + self._grace:
+            self._late.labels(attempt.meter).inc()
+            self._late_value.labels(attempt.meter).inc(max(0.0, float(attempt.value)))
+
+
+class State(Collector):
+    """Both stages, as they are when Prometheus asks."""
+
+    def __init__(self, intake: Intake, reporter: Reporter, clock: Clock) -> None:
+        self._intake = intake
+        self._reporter = reporter
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        """All families. Read from other threads than those that write: nothing here waits or locks."""
+        yield from self._build()
+        yield from self._events()
+        yield from self._partitions()
+        yield from self._meters()
+        yield from self._totals()
+        yield from self._sending()
+        yield from self._commits()
+
+    def _build(self) -> Iterator[Metric]:
+        versions = {
+            "version": __version__,
+            "python": platform.python_version(),
+            "librdkafka": confluent_kafka.libversion()[0],
+        }
+        yield InfoMetricFamily("tallyman_build", "What is running.", versions)
+
+    def _events(self) -> Iterator[Metric]:
+        events = CounterMetricFamily(
+            "tallyman_events",
+            "Records consumed, by what became of them; a reason is given for dead letters and for what is ignored.",
+            labels=["partition", "outcome", "reason"],
+        )
+        consumed = CounterMetricFamily("tallyman_consumed", "Records consumed.", labels=["partition"])
+        unkeyed = CounterMetricFamily(
+            "tallyman_unkeyed",
+            "Records without a key: a customer's events on many partitions cost as many calls to Stripe.",
+            labels=["partition"],
+        )
+        for number, committed in self._intake.committed.items():
+            partition, book = str(number), committed.book
+            consumed.add_metric([partition], book.consumed)
+            unkeyed.add_metric([partition], book.unkeyed)
+            events.add_metric([partition, "counted", ""], book.counted)
+            events.add_metric([partition, "duplicate", ""], book.duplicate)
+            for reason, count in book.dead.items():
+                events.add_metric([partition, "dead_letter", reason], count)
+            for reason, count in book.ignored.items():
+                events.add_metric([partition, "ignored", reason], count)
+        yield from (events, consumed, unkeyed)
+
+    def _partitions(self) -> Iterator[Metric]:
+        now = self._clock.now()
+        labels = ["partition"]
+        lag = GaugeMetricFamily("tallyman_lag_records", "Records not read yet.", labels=labels)
+        behind = GaugeMetricFamily(
+            "tallyman_lag_seconds", "Age of the last record read, where more are to be read; else 0.", labels=labels
+        )
+        clock = GaugeMetricFamily(
+            "tallyman_log_clock_timestamp_seconds", "How far the log has been read, as a time.", labels=labels
+        )
+        waits = GaugeMetricFamily(
+            "tallyman_partition_waits_for_clock",
+            "1 where records are dated ahead of this host's clock, and are not read until the clocks agree.",
+            labels=labels,
+        )
+        buckets = GaugeMetricFamily("tallyman_open_buckets", "Windows that are still counted.", labels=labels)
+        keys = GaugeMetricFamily("tallyman_open_keys", "Customers in those windows.", labels=labels)
+        ids = GaugeMetricFamily("tallyman_remembered_ids", "Event ids that tell duplicates.", labels=labels)
+        for number, partition in list(self._intake.partitions.items()):
+            name = [str(number)]
+            aggregator = partition.aggregator
+            missing = max(0, (partition.end or 0) - partition.read_to)
+            lag.add_metric(name, missing)
+            behind.add_metric(name, max(0, now - aggregator.book.arrival) / 1000 if missing else 0)
+            clock.add_metric(name, aggregator.book.clock / 1000)
+            waits.add_metric(name, bool(partition.held))
+            buckets.add_metric(name, aggregator.open_buckets)
+            keys.add_metric(name, aggregator.open_keys)
+            ids.add_metric(name, aggregator.remembered)
+        yield from (lag, behind, clock, waits, buckets, keys, ids)
+
+    def _meters(self) -> Iterator[Metric]:
+        labels = ["partition", "meter"]
+        counted = CounterMetricFamily("tallyman_counted_events", "Events counted.", labels=labels)
+        value = GaugeMetricFamily("tallyman_counted_value", "Their value.", labels=labels)
+        closed = CounterMetricFamily("tallyman_closed_events", "Events in totals.", labels=labels)
+        closed_value = GaugeMetricFamily("tallyman_closed_value", "Their value.", labels=labels)
+        totals = CounterMetricFamily("tallyman_closed_totals", "Totals made.", labels=labels)
+        rounded = CounterMetricFamily(
+            "tallyman_rounded_events", "Events whose value had more decimals than the meter keeps.", labels=labels
+        )
+        late = CounterMetricFamily(
+            "tallyman_late_events", "Events that arrived after their window, by revision.", labels=[*labels, "revision"]
+        )
+        for number, committed in self._intake.committed.items():
+            for meter, book in committed.meters.items():
+                name = [str(number), meter]
+                counted.add_metric(name, book.events)
+                value.add_metric(name, book.value / SCALE)
+                closed.add_metric(name, book.total_events)
+                closed_value.add_metric(name, book.total_value / SCALE)
+                totals.add_metric(name, book.totals)
+                rounded.add_metric(name, book.rounded)
+                for revision, count in book.late.items():
+                    late.add_metric([*name, str(revision)], count)
+        yield from (counted, value, closed, closed_value, totals, rounded, late)
+
+    def _totals(self) -> Iterator[Metric]:
+        labels = ["meter", "state", "reason"]
+        count = GaugeMetricFamily("tallyman_totals", "Totals, by where they stand.", labels=labels)
+        value = GaugeMetricFamily("tallyman_totals_value", "Their value.", labels=labels)
+        missing = GaugeMetricFamily(
+            "tallyman_totals_missing_value",
+            "Value that was read from the totals log and is nowhere. Anything but 0 is a fault.",
+            labels=["meter"],
+        )
+        made: dict[str, tuple[int, int]] = {}
+        for committed in self._intake.committed.values():
+            for meter, each in committed.meters.items():
+                before = made.get(meter, (0, 0))
+                made[meter] = before[0] + each.totals, before[1] + each.total_value
+        for meter, book in list(self._reporter.delivery.ledger.books.items()):
+            columns: dict[tuple[str, str], Column] = {
+                ("delivered", ""): book.delivered,
+                ("unbilled", ""): book.unbilled,
+                ("zero", ""): book.zero,
+                ("refused", ""): book.refused,
+                ("discarded", ""): book.discarded,
+                ("rounded", ""): book.rounded,
+                ("pending", ""): book.pending,
+            } | {("parked", reason.value): column for reason, column in book.parked.items()}
+            for (state, reason), column in columns.items():
+                count.add_metric([meter, state, reason], column.totals)
+                value.add_metric([meter, state, reason], column.value / SCALE)
+            missing.add_metric([meter], book.missing / SCALE)
+            made_totals, made_value = made.pop(meter, (book.read.totals, book.read.value))
+            count.add_metric([meter, "unread", ""], made_totals - book.read.totals)
+            value.add_metric([meter, "unread", ""], (made_value - book.read.value) / SCALE)
+        for meter, (totals, total_value) in made.items():
+            count.add_metric([meter, "unread", ""], totals)
+            value.add_metric([meter, "unread", ""], total_value / SCALE)
+        yield from (count, value, missing)
+
+    def _sending(self) -> Iterator[Metric]:
+        delivery = self._reporter.delivery
+        now = self._clock.now()
+        oldest = GaugeMetricFamily(
+            "tallyman_oldest_pending_total_age_seconds",
+            "For how long the oldest total that is neither finished nor parked has been due; 0 where there is none.",
+        )
+        due = self._reporter.oldest_due()
+        oldest.add_metric([], 0 if due is None else max(0, now - due) / 1000)
+        yield oldest
+        yield GaugeMetricFamily("tallyman_stripe_rate", "Requests a second that are allowed now.", delivery.rate)
+        yield GaugeMetricFamily("tallyman_in_flight_totals", "Totals being sent or tried again.", delivery.in_flight)
+        yield GaugeMetricFamily(
+            "tallyman_aside_totals", "Totals set aside behind their customer's others.", delivery.aside
+        )
+        paused = GaugeMetricFamily(
+            "tallyman_delivery_paused",
+            "1 for the reason why sending has stopped until somebody acts.",
+            labels=["reason"],
+        )
+        if delivery.paused:
+            paused.add_metric([delivery.paused], 1)
+        yield paused
+        alarms = GaugeMetricFamily("tallyman_parked_totals", "Totals parked, as committed.", labels=["reason"])
+        for reason, parked in delivery.alarms.items():
+            alarms.add_metric([reason.value], parked)
+        yield alarms
+
+    def _commits(self) -> Iterator[Metric]:
+        took = GaugeMetricFamily("tallyman_commit_duration_seconds", "How long the last commit took.", labels=["stage"])
+        at = GaugeMetricFamily("tallyman_commit_timestamp_seconds", "When the last commit was made.", labels=["stage"])
+        for stage, last in (("aggregate", self._intake.last_commit), ("deliver", self._reporter.last_commit)):
+            if last is not None:
+                at.add_metric([stage], last[0] / 1000)
+                took.add_metric([stage], last[1])
+        yield from (took, at)
