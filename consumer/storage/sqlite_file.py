@@ -107,6 +107,9 @@ def checkpoint(connection: sqlite3.Connection) -> None:
 
 def verify(connection: sqlite3.Connection, path: Path, table: str) -> None:
     """Read the whole table and raise where its pages do not fit together; they have no checksums."""
+    # Counting reads the pages forwards. The check does so backwards, which defeats the disk's read-ahead: on a cold
+    # file it takes several times as long by itself.
+    connection.execute(f"SELECT count(*) FROM {table}").fetchone()  # noqa: S608 - a table of our own
     (found,) = connection.execute(f"PRAGMA quick_check({table})").fetchone()
     if found != "ok":
         raise StorageError(f"{path} {_MEANINGS[sqlite3.SQLITE_CORRUPT]} ({found})")
