@@ -33,7 +33,9 @@ class Attempt(msgspec.Struct, frozen=True):
     identifier: str
     key: str
     """The Idempotency-Key."""
+    meter: str
     event_name: str
+    value: str
     payload: dict[str, str]
     timestamp: int
     """Whole seconds since the epoch."""
@@ -125,6 +127,10 @@ class Delivery:
             return False
         return self._schedule.starved or len(self._journal) >= max(1, self._schedule.moving)
 
+    def oldest_due(self) -> int | None:
+        """Since when the oldest total in flight has been due; None where there is none."""
+        return min((live.entry.total.due for live in list(self._live.values())), default=None)
+
     def parked(self) -> Iterator[Entry]:
         """The parked totals, in the order in which they were."""
         return iter(self._parked)
@@ -183,7 +189,7 @@ class Delivery:
         if isinstance(record, Total):
             self._begin(record, now)
         elif not isinstance(record, Advance):
-            self._obey(record, now)
+            self.obey(record, now)
 
     def _begin(self, total: Total, now: int) -> None:
         identifier = total.identifier
@@ -197,7 +203,8 @@ class Delivery:
         else:
             self._finish(Entry(total), "zero", now)
 
-    def _obey(self, command: Command, now: int) -> None:
+    def obey(self, command: Command, now: int) -> None:
+        """Do what an operator decided about a parked total; to do it twice is to do it once."""
         identifier = command.identifier
         entry = self._parked.get(identifier)
         if entry is None:
@@ -413,8 +420,17 @@ def _attempt(entry: Entry) -> Attempt:
     total, to = entry.total, entry.total.stripe
     if entry.customer is None:
         raise RuntimeError(f"{total.identifier} was armed without a customer")
-    payload = {to.customer_key: entry.customer, to.value_key: plain(for_stripe(scaled(total.value)))}
-    return Attempt(total.identifier, entry.key, to.event_name, payload, total.timestamp, entry.customer)
+    value = plain(for_stripe(scaled(total.value)))
+    return Attempt(
+        identifier=total.identifier,
+        key=entry.key,
+        meter=total.meter,
+        event_name=to.event_name,
+        value=value,
+        payload={to.customer_key: entry.customer, to.value_key: value},
+        timestamp=total.timestamp,
+        stripe_customer=entry.customer,
+    )
 
 
 def _pack(live: Live) -> bytes:

@@ -1,0 +1,62 @@
+"""The real service on the embedded broker: composed with what that broker cannot tell, and with a clock that is moved.
+
+The embedded broker has no cluster id, no topic ids, no LogAppendTime and no offsets by time. Here, and nowhere else, the
+service does without them. ``python -m consumer.sandbox.service CONFIG`` runs it as a process of its own, so that the
+demo can kill it.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from consumer.config import Config, load
+from consumer.runtime import service
+from consumer.runtime.clocks import Clock, SystemClock
+from consumer.runtime.source import Source, Topic
+from consumer.sandbox.broker import PARTITIONS
+
+
+class EmbeddedSource(Source):
+    """A topic of the embedded broker."""
+
+    def describe(self) -> Topic:
+        """Its four partitions; the rest is made up."""
+        return Topic("embedded", self.topic, self.topic, PARTITIONS, log_append_time=False)
+
+    def beginnings(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Nothing is ever deleted."""
+        return dict.fromkeys(partitions, 0)
+
+    def starts(self, partitions: Iterable[int], time: int) -> dict[int, int]:  # noqa: ARG002 - it cannot look up times
+        """The whole log."""
+        return dict.fromkeys(partitions, 0)
+
+
+class MovedClock:
+    """This host's clocks, a fixed time ahead of them."""
+
+    def __init__(self, ahead: int) -> None:
+        """``ahead`` is in milliseconds."""
+        self._real = SystemClock()
+        self._ahead = ahead
+
+    def now(self) -> int:
+        """The moved time of day."""
+        return self._real.now() + self._ahead
+
+    def elapsed(self) -> int:
+        """The monotonic clock, which moves no faster."""
+        return self._real.elapsed()
+
+
+def run(config: Config, clock: Clock) -> None:
+    """The service on the embedded broker, until SIGTERM."""
+    service.run(
+        config,
+        service.Surroundings(clock, lambda each, group: EmbeddedSource(each.kafka_client(), each.kafka.topic, group)),
+    )
+
+
+if __name__ == "__main__":
+    run(load(Path(sys.argv[1]), os.environ), SystemClock())
