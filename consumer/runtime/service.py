@@ -254,9 +254,8 @@ class _Service:
             bill_from = start.first_start(config.pipeline, config.bill_from, found, now, place=place)
             facts = begin(config, store, self._source, topic, bill_from=bill_from, now=now)
         else:
-            new = start.next_start(
-                config.pipeline, config.bill_from, facts, self._offsets(facts.partitions), found, place=place
-            )
+            offsets = store.offsets(Stage.AGGREGATE)
+            new = start.next_start(config.pipeline, config.bill_from, facts, offsets, found, place=place)
             if new:
                 offsets = {partition: found.beginnings[partition] for partition in new}
                 store.grow(topic.partitions, _unread(config, topic, facts.bill_from, offsets))
@@ -271,14 +270,6 @@ class _Service:
                 rules, _identity(config, topic, partition), restored.offset, restored.entries
             )
         return aggregators
-
-    def _offsets(self, partitions: int) -> dict[int, int]:
-        offsets = {}
-        for partition in range(partitions):
-            restored = self._store.restore(Stage.AGGREGATE, partition)
-            if restored is not None:
-                offsets[partition] = restored.offset
-        return offsets
 
     async def _expire(self) -> None:
         """Delete what has been kept for long enough, a little at a time."""

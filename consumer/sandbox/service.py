@@ -1,8 +1,8 @@
 """The real service on the embedded broker: composed with what that broker cannot tell, and with a clock that is moved.
 
-The embedded broker has no cluster id, no topic ids, no LogAppendTime and no offsets by time. Here, and nowhere else, the
-service does without them. ``python -m consumer.sandbox.service CONFIG`` runs it as a process of its own, so that the
-demo can kill it.
+The embedded broker has no cluster id, no topic ids, no LogAppendTime and no offsets by time. Here, and nowhere else,
+the service does without them. ``python -m consumer.sandbox.service CONFIG`` runs it as a process of its own, so that
+the demo can kill it.
 """
 
 import os

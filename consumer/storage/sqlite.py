@@ -195,6 +195,10 @@ class SqliteStore:
         next(entries)  # started: from here on it closes the snapshot, even where nobody reads any further
         return Restored(row[0], entries)
 
+    def offsets(self, stage: Stage) -> dict[int, int]:
+        """How far the stage's processors have read, by partition."""
+        return dict(self._query('SELECT partition, "offset" FROM offsets WHERE stage = ?', (stage,)))
+
     def commit(self, stage: Stage, changes: Mapping[int, Changes]) -> None:
         """Make the changes of these partitions' processors durable, all or none."""
         with self._transaction() as transaction:
