@@ -72,7 +72,7 @@ class Delivery:
         self._live: dict[str, Live] = {}
         self._attempts: dict[str, Attempt] = {}
         self._futile: set[str] = set()
-        """Totals in flight that were refused while the stage is paused for refusals."""
+        """Totals that were refused while the stage is paused for refusals."""
         self._stopped: dict[str, str] = {}
         """What Stripe said of event names whose meter it refused."""
         self._journal: Journal[Live] = Journal(_pack)
@@ -85,7 +85,7 @@ class Delivery:
         """How many more totals may be read from the log now; the others lie well there."""
         if self.shut in {Shut.UNAUTHORISED, Shut.REFUSALS}:
             # Somebody has to find out whether it is cured, and everybody in here was refused.
-            return min(1, self._seats.left) if len(self._futile) >= len(self._live) else 0
+            return min(1, self._seats.left) if self._live.keys() <= self._futile else 0
         return max(0, min(self._seats.left, self._parked_limit - len(self._parked) - self._seats.aside))
 
     @property
@@ -392,7 +392,6 @@ class Delivery:
         identifier = live.entry.total.identifier
         self._schedule.leave(live)
         del self._live[identifier]
-        self._futile.discard(identifier)
         self._seats.leave(live.seat)
 
     def _park(self, entry: Entry, reason: Reason, message: str | None = None) -> None:

@@ -71,7 +71,6 @@ class Schedule:
     def wait(self, live: Live) -> None:
         """It may be tried as soon as a commit has marked it."""
         live.phase = Phase.WAITING
-        live.entry.first_unproven = None
         self._waiting[live.entry.total.identifier] = live
 
     def ready(self, live: Live) -> None:

@@ -112,6 +112,20 @@ def test_on_a_sure_first_attempt_it_is_a_collision(answer: Answer) -> None:
     assert world.balanced()
 
 
+def test_a_park_that_no_commit_has_seen_raises_no_alarm() -> None:
+    """A crash would take it back, and the page with it."""
+    world = World()
+    attempt = world.sent()
+    world.total("bob")
+    world.read()
+    world.store()
+    world.delivery.answered(attempt, duplicate(attempt.identifier), world.now)
+    world.delivery.committed()
+    assert world.delivery.collisions == 0
+    world.commit()
+    assert world.delivery.collisions == 1
+
+
 def test_a_collision_is_not_released_because_its_identifier_may_be_free_again_tomorrow() -> None:
     """After a store was set back, every total collides; released a day later, each would be billed twice."""
     world = World()
@@ -374,6 +388,22 @@ def test_a_refused_meter_parks_its_event_name_and_no_other() -> None:
     assert world.parked() == {}
 
 
+def test_a_delivery_shows_that_its_meter_works_again() -> None:
+    """It was reactivated meanwhile; what comes up now is not parked any more."""
+    world = World()
+    world.total("alice")
+    world.total("bob")
+    world.read()
+    world.commit()
+    first, second = world.must_send(), world.must_send()
+    world.delivery.answered(first, NO_METER, world.now)
+    world.delivery.answered(second, OK, world.now)
+    late = world.total("bob")
+    world.run(world.now + MINUTE)
+    assert world.parked() == {first.identifier: "meter"}
+    assert world.outcomes[-1].identifier == late
+
+
 def test_an_unmapped_customer_waits_for_the_mapping_and_a_null_one_is_not_billed() -> None:
     """A customer whom sales has not entered yet is money; one who is mapped to null is not."""
     world = World(names={"free": None})
@@ -415,6 +445,7 @@ def test_the_customer_is_frozen_by_an_attempt_that_may_have_arrived() -> None:
     world.delivery.answered(attempt, Lost(), world.now)
     world.names.known["alice"] = "cus_other"
     world.delivery.remap(world.names, world.now)
+    assert world.send() is None
     world.wait(MINUTE)
     assert world.must_send().stripe_customer == "cus_alice"
     world.commit()
@@ -436,6 +467,50 @@ def test_a_total_that_left_nothing_follows_the_mapping() -> None:
     world.wait(MINUTE)
     world.run(world.now + MINUTE)
     assert sorted(world.stripe.billed) == [(attempt.identifier, "cus_other", "5"), (marked, "cus_other", "5")]
+
+
+def test_a_mapping_that_changes_under_an_attempt_waits_for_its_answer() -> None:
+    """What is on its way to one customer is not begun for another."""
+    world = World()
+    attempt = world.sent()
+    world.names.known["alice"] = "cus_other"
+    world.delivery.remap(world.names, world.now)
+    world.commit()
+    assert world.send() is None
+    world.delivery.answered(attempt, OK, world.now)
+    world.commit()
+    assert [(outcome.how, outcome.stripe_customer) for outcome in world.outcomes] == [("delivered", "cus_alice")]
+
+
+def test_a_mapping_that_changes_under_a_commit_is_heeded() -> None:
+    """What that commit has marked for one customer is not sent to another without a mark of its own."""
+    world = World()
+    world.total()
+    world.read()
+    world.store()
+    world.names.known["alice"] = "cus_other"
+    world.delivery.remap(world.names, world.now)
+    world.delivery.committed()
+    assert world.send() is None
+    world.commit()
+    assert world.must_send().stripe_customer == "cus_other"
+
+
+def test_whoever_is_set_aside_comes_in_when_the_mapping_finishes_the_others() -> None:
+    """A seat that is given up while looking is given to the next."""
+    world = World(in_flight=1)
+    world.names.fails = True
+    world.total("alice")
+    world.read()
+    world.total("alice")
+    world.obey()
+    assert (world.delivery.in_flight, world.delivery.aside) == (1, 1)
+    world.names.fails = False
+    world.names.known["alice"] = None
+    world.wait(MINUTE)
+    assert world.send() is None
+    world.commit()
+    assert [outcome.how for outcome in world.outcomes] == ["unbilled", "unbilled"]
 
 
 def test_zero_is_finished_unsent() -> None:
@@ -505,6 +580,20 @@ def test_nobody_waits_for_a_customer_with_a_backlog() -> None:
     assert world.balanced()
 
 
+def test_what_is_released_all_at_once_comes_in_as_there_is_room() -> None:
+    """A mapping that arrives for everybody does not put everybody into flight."""
+    names = [f"c{number}" for number in range(30)]
+    world = World(names={}, in_flight=4)
+    for name in names:
+        world.total(name)
+    world.run(world.now + MINUTE)
+    world.names.known = {name: f"cus_{name}" for name in names}
+    world.delivery.remap(world.names, world.now)
+    assert (world.delivery.in_flight, world.delivery.aside) == (4, 26)
+    world.run(world.now + MINUTE)
+    assert len(world.stripe.billed) == 30
+
+
 def test_several_names_of_one_stripe_customer_have_one_share() -> None:
     """They queue in one lane, so they may not take everybody's place."""
     world = World(names={"a": "cus_1", "b": "cus_1", "c": "cus_1", "d": "cus_2"}, in_flight=40)
@@ -564,6 +653,17 @@ def test_a_total_that_is_in_the_log_twice_counts_once() -> None:
     assert len(world.stripe.billed) == 1
     assert world.parked() == {identifier: "collision"}
     assert world.balanced()
+
+
+def test_a_total_that_is_there_again_before_its_end_is_durable_keeps_its_entry() -> None:
+    """The new entry and the removal of the old one are in the same commit; the new one wins."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, world.stripe.post(attempt, world.now), world.now)
+    world.log.append(world.log[0])
+    world.read()
+    world.commit()
+    assert set(world.entries) == {attempt.identifier}
 
 
 def test_a_record_is_not_read_twice() -> None:

@@ -13,7 +13,7 @@ from tests.unit.delivery_world import BROKEN, BUSY, HOUR, MINUTE, NO_METER, REFU
 
 CUSTOMERS = {"alice": "cus_1", "al": "cus_1", "bob": "cus_2", "carol": "cus_3", "free": None}
 METERS = ("ai-tokens", "storage")
-NOTHING = [BUSY, Answer(409, "idempotency_error"), NeverConnected(), UNAUTHORISED, REFUSED, NO_METER]
+NOTHING: list[Heard] = [BUSY, Answer(409, "idempotency_error"), NeverConnected(), UNAUTHORISED, REFUSED, NO_METER]
 
 
 class Conservation(RuleBasedStateMachine):
@@ -92,10 +92,11 @@ class Conservation(RuleBasedStateMachine):
         if not self.out:
             return
         attempt = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        heard: Heard = BROKEN
         if how in {"works", "loses", "breaks"}:
-            heard: Heard = self.world.stripe.post(attempt, self.world.now, broken=how == "breaks")
-        else:
-            heard = BROKEN if how == "broken" else data.draw(st.sampled_from(NOTHING))
+            heard = self.world.stripe.post(attempt, self.world.now, broken=how == "breaks")
+        elif how == "nothing":
+            heard = data.draw(st.sampled_from(NOTHING))
         self.world.delivery.answered(attempt, Lost() if how in {"loses", "lost"} else heard, self.world.now)
 
     @rule(arrive=st.booleans())
