@@ -57,7 +57,7 @@ class Delivery:
     """
 
     def __init__(self, *, customers: Customers, in_flight: int, parked_limit: int, max_rate: float) -> None:
-        """Bounds in totals, the rate in attempts per second. ``restore`` comes first."""
+        """Bounds in totals, the rate in attempts per second. ``restore`` comes first, and once."""
         self.ledger = Ledger()
         self.alarms: dict[Reason, int] = {}
         """How many totals are parked, by reason, as of the last commit."""

@@ -245,6 +245,15 @@ def test_a_429_and_a_409_are_not_stored_and_keep_their_key(busy: Answer) -> None
     assert world.must_send().key == attempt.key
 
 
+def test_a_restart_changes_nothing_that_had_to_be_written() -> None:
+    """Otherwise thousands of entries are written again for nothing."""
+    world = World()
+    world.delivery.answered(world.sent(), BROKEN, world.now)
+    world.commit()
+    world.restart()
+    assert not world.commit()
+
+
 def test_the_generation_of_the_key_survives_a_crash() -> None:
     """Otherwise every restart begins with the stored 500 again."""
     world = World()
@@ -493,7 +502,24 @@ def test_a_mapping_that_changes_under_a_commit_is_heeded() -> None:
     world.delivery.committed()
     assert world.send() is None
     world.commit()
-    assert world.must_send().stripe_customer == "cus_other"
+    attempt = world.must_send()
+    assert attempt.stripe_customer == "cus_other"
+    world.delivery.answered(attempt, OK, world.now)
+    assert world.send() is None
+
+
+def test_what_a_commit_has_marked_is_not_sent_twice_because_the_mapping_changed() -> None:
+    """The total is in one place at a time, whatever was on its way."""
+    world = World()
+    world.total()
+    world.read()
+    world.store()
+    world.names.known["alice"] = "cus_other"
+    world.delivery.remap(world.names, world.now)
+    world.delivery.committed()
+    world.commit()
+    world.delivery.answered(world.must_send(), OK, world.now)
+    assert world.send() is None
 
 
 def test_whoever_is_set_aside_comes_in_when_the_mapping_finishes_the_others() -> None:
@@ -592,6 +618,19 @@ def test_what_is_released_all_at_once_comes_in_as_there_is_room() -> None:
     assert (world.delivery.in_flight, world.delivery.aside) == (4, 26)
     world.run(world.now + MINUTE)
     assert len(world.stripe.billed) == 30
+
+
+def test_a_larger_share_is_filled_after_a_restart() -> None:
+    """The limit was raised, and the backlog comes in at once."""
+    world = World(in_flight=20)
+    for _ in range(10):
+        world.total("alice")
+    world.obey()
+    world.commit()
+    world.bounds = (100, 1000, 1000)
+    world.restart()
+    assert (world.delivery.in_flight, world.delivery.aside) == (5, 5)
+    assert world.balanced()
 
 
 def test_several_names_of_one_stripe_customer_have_one_share() -> None:

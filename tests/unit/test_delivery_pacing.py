@@ -147,6 +147,14 @@ def test_while_stripe_is_down_one_total_probes(silence: Heard) -> None:
     assert world.balanced()
 
 
+def test_after_an_outage_nobody_rests_because_of_it() -> None:
+    """Each of them has failed twenty times and would wait for minutes, while Stripe is there again."""
+    world = crowd(20)
+    world.run(world.now + 4 * HOUR, lambda _: Lost())
+    world.run(world.now + 40 * SECOND)
+    assert len(world.stripe.billed) == 20
+
+
 def test_only_one_probe_is_on_its_way() -> None:
     """The second would be no probe any more."""
     world = crowd(60)
