@@ -1,0 +1,75 @@
+"""Stripe away for a whole run, and then back: nothing is lost, nothing doubled, and memory stays as it was."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from consumer.sandbox import traffic
+from consumer.sandbox.kafka import Kafka
+from consumer.sandbox.stripe_server import StripeStandIn
+from consumer.sandbox.traffic import AI_TOKENS, API_CALLS, MINUTE_MS, Mix, Traffic, tombstones
+from tests.exactness.checks import Produced, judge
+from tests.exactness.run import AGO_MS, PARTITIONS
+from tests.exactness.world import Service, wait_until
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+
+EVENTS = 15_000
+CUSTOMERS = 5_000
+"""So many that most events make totals of their own: kept in memory they would outweigh everything else there."""
+
+
+def test_memory_stays_flat_while_stripe_is_away_and_all_is_delivered_once_it_is_back(
+    kafka: Kafka, tmp_path: Path
+) -> None:
+    """The same traffic twice: with Stripe there, and with Stripe away until all has been counted and closed."""
+    there = _run(kafka, tmp_path / "there", away=False)
+    away = _run(kafka, tmp_path / "away", away=True)
+    print(f"peak memory: {there / 1024:.1f} MB with Stripe there, {away / 1024:.1f} MB with Stripe away until the end")
+    assert away <= there * 1.2
+
+
+def _run(kafka: Kafka, folder: Path, *, away: bool) -> int:
+    """One run. Returns the most memory that the service ever had, in KB."""
+    folder.mkdir()
+    topic = f"outage-{uuid.uuid4().hex[:12]}"
+    kafka.create_topic(topic, PARTITIONS, "create_time")
+    now_ms = time.time_ns() // 10**6
+    made = Traffic(Mix(customers=CUSTOMERS), seed=7, partitions=PARTITIONS)
+    messages = made.messages(EVENTS, start_ms=now_ms - AGO_MS, duration_ms=10 * MINUTE_MS)
+    traffic.produce(kafka.bootstrap_servers, topic, messages)
+    traffic.produce(kafka.bootstrap_servers, topic, tombstones(PARTITIONS, now_ms))
+    with StripeStandIn(accept_any_customer=True) as stripe:
+        for event_name in (AI_TOKENS, API_CALLS):
+            stripe.model.add_meter(event_name)
+        if away:
+            stripe.down()
+        with Service(
+            folder,
+            kafka=kafka.bootstrap_servers,
+            topic=topic,
+            stripe=stripe.url,
+            first_arrival_ms=now_ms - AGO_MS,
+        ) as service:
+            wait_until(lambda: _counted(service), lambda: service.peak_rss_kb, "counting")
+            if away:
+                assert not stripe.model.events
+                stripe.up()
+            wait_until(lambda: _finished(service), lambda: len(stripe.model.events), "delivering")
+            service.stop()
+        judge(Produced(made.expected, PARTITIONS, PARTITIONS), service, stripe.url)
+        return service.peak_rss_kb
+
+
+def _counted(service: Service) -> bool:
+    seen = service.metrics()
+    return seen is not None and seen.consumed == EVENTS + PARTITIONS and not seen.sum("tallyman_open_keys")
+
+
+def _finished(service: Service) -> bool:
+    seen = service.metrics()
+    return seen is not None and not seen.unfinished

@@ -1,0 +1,271 @@
+"""The processes of a run, seen from outside: the service, which is killed and started again, and Stripe's stand-in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orjson
+import yaml
+
+from consumer.sandbox import traffic
+from consumer.sandbox.kafka import free_ports
+from consumer.sandbox.stripe import SECRET_KEY
+from consumer.sandbox.traffic import METERS, REACH_MS, Message
+
+PIPELINE = "exactness"
+PATIENCE_S = 120.0
+"""A run in which nothing moves for so long has failed."""
+POLL_S = 0.1
+
+_RUN = (
+    ["-m", "consumer", "run", "-c"]
+    if find_spec("consumer.cli")
+    else [
+        "-c",
+        """
+import logging, os, sys
+import structlog
+from pathlib import Path
+from consumer.config import load
+from consumer.runtime import service
+from consumer.runtime.clocks import SystemClock
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+service.run(load(Path(sys.argv[1]), os.environ), service.Surroundings(SystemClock(), service.kafka_source))
+""",
+    ]
+)
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+
+
+class StandIn:
+    """Stripe's stand-in in a process of its own. A context manager."""
+
+    def __init__(self, *, seed: int, burst: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.exactness.stripe", f"--seed={seed}", f"--burst={burst}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if self._process.stdout is None:
+            raise RuntimeError("the stand-in has no standard output")
+        self.url = self._process.stdout.readline().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate()
+
+    @property
+    def accepted(self) -> int:
+        """Meter Events taken so far, whatever was answered."""
+        return int(ask(self.url, "stats").get("accepted", 0))
+
+
+def ask(stripe: str, what: str) -> Any:
+    """What the stand-in at this address knows: its ``stats``, ``events``, ``billed`` or ``violations``."""
+    with urllib.request.urlopen(f"{stripe}/_sandbox/{what}", timeout=60) as answer:  # noqa: S310 - our own
+        return orjson.loads(answer.read())
+
+
+class Metrics:
+    """One look at /metrics."""
+
+    def __init__(self, text: str) -> None:
+        self._samples = [(name, labels or "", float(value)) for name, labels, value in _SAMPLE.findall(text)]
+
+    def sum(self, name: str, *having: str) -> float:
+        """Of all series of this name that have these labels, written ``label="value"``."""
+        return sum(value for each, labels, value in self._samples if each == name and all(h in labels for h in having))
+
+    @property
+    def consumed(self) -> int:
+        """Records read, as committed."""
+        return int(self.sum("tallyman_consumed_total"))
+
+    @property
+    def unfinished(self) -> int:
+        """Totals that are made and not finished, and customers in open windows, who are totals to be made."""
+        waiting = sum(int(self.sum("tallyman_totals", f'state="{s}"')) for s in ("pending", "unread", "parked"))
+        return waiting + int(self.sum("tallyman_open_keys"))
+
+
+class Service:
+    """``tallyman run`` as a process that is killed, and started again on the same file. A context manager."""
+
+    def __init__(self, folder: Path, *, kafka: str, topic: str, stripe: str, first_arrival_ms: int) -> None:
+        self.folder = folder
+        self.database = folder / "tallyman.db"
+        self.config_file = folder / "tallyman.yaml"
+        self.log_file = folder / "service.log"
+        self.peak_rss_kb = 0
+        """The largest that any of its processes has been, as far as was looked."""
+        self.kills = 0
+        self._port, _ = free_ports()
+        self._process: subprocess.Popen[bytes] | None = None
+        bill_from = time.gmtime((first_arrival_ms - REACH_MS) // 1000 - 60)
+        config = {
+            "pipeline": PIPELINE,
+            "bill_from": time.strftime("%Y-%m-%dT%H:%M:%SZ", bill_from),
+            "kafka": {"bootstrap_servers": kafka, "topic": topic, "arrival": "create_time"},
+            "storage": {"kind": "sqlite", "path": str(self.database)},
+            "commit_every": "1s",
+            "stripe": {"livemode": False, "api_base": stripe, "max_rate": 10_000},
+            "http": {"host": "127.0.0.1", "port": self._port},
+            "meters": [dict(meter) for meter in METERS],
+        }
+        self.config_file.write_text(yaml.safe_dump(config))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What it runs with: this one's, and the stand-in's key."""
+        return os.environ | {"STRIPE_SECRET_KEY": SECRET_KEY}
+
+    def start(self) -> None:
+        """Start it; it takes up work by itself."""
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *_RUN, str(self.config_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+            )
+
+    def kill_and_restart(self) -> None:
+        """SIGKILL, as a power cut would, and a new start at once."""
+        self._note_size()
+        self._end(signal.SIGKILL)
+        self.kills += 1
+        self.start()
+
+    def stop(self) -> None:
+        """SIGTERM, after which it has to end well."""
+        self._note_size()
+        code = self._end(signal.SIGTERM)
+        if code:
+            raise RuntimeError(f"the service ended with {code} after SIGTERM. {self._log_tail()}")
+
+    def metrics(self) -> Metrics | None:
+        """What it says of itself; None while it is starting."""
+        if self._process is None or self._process.poll() is not None:
+            raise RuntimeError(f"the service is not running. {self._log_tail()}")
+        self._note_size()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=30) as answer:
+                return Metrics(answer.read().decode())
+        except (urllib.error.URLError, ConnectionError):
+            return None
+
+    def _end(self, number: signal.Signals) -> int:
+        process, self._process = self._process, None
+        if process is None:
+            raise RuntimeError("the service is not running")
+        process.send_signal(number)
+        return process.wait(30)
+
+    def _note_size(self) -> None:
+        if self._process is not None:
+            # The kernel's own mark, so that nothing is missed between two looks at it.
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{self._process.pid}/status").read_text()
+                if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+                    self.peak_rss_kb = max(self.peak_rss_kb, int(found[1]))
+
+    def _log_tail(self) -> str:
+        return f"The end of its log, {self.log_file}:\n{self.log_file.read_text(errors='replace')[-3000:]}"
+
+
+class Production:
+    """Writes messages to a topic from a thread of its own, at so many a second."""
+
+    def __init__(self, kafka: str, topic: str, messages: Iterable[Message], rate: float) -> None:
+        self.sent = 0
+        """Messages that the broker has."""
+        self._failure: BaseException | None = None
+
+        def write() -> None:
+            try:
+                self.sent = traffic.produce(kafka, topic, _paced(messages, rate), self._tell)
+            except BaseException as failure:  # noqa: BLE001 - raised again by whoever waits
+                self._failure = failure
+
+        self._thread = threading.Thread(target=write, name="production", daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether all messages are written. Raises what went wrong."""
+        if self._failure is not None:
+            raise self._failure
+        return not self._thread.is_alive()
+
+    def _tell(self, sent: int) -> None:
+        self.sent = sent
+
+
+def _paced(messages: Iterable[Message], rate: float) -> Iterator[Message]:
+    began = time.monotonic()
+    for number, message in enumerate(messages):
+        if number % 100 == 0:
+            time.sleep(max(0.0, began + number / rate - time.monotonic()))
+        yield message
+
+
+def wait_until(reached: Callable[[], bool], progress: Callable[[], object], what: str) -> None:
+    """Return once it is reached; raise where nothing has progressed for longer than patience lasts."""
+    last, since = progress(), time.monotonic()
+    while not reached():
+        time.sleep(POLL_S)
+        now = progress()
+        if now != last:
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > PATIENCE_S:
+            raise TimeoutError(f"{what}: nothing has moved for {PATIENCE_S:.0f} s; it stands at {last}")
+
+
+def answers(stats: dict[str, int]) -> Counter[str]:
+    """What was answered to Meter Events, as the client saw it."""
+    count = Counter(stats)
+    failed = count["fault_error"] + count["fault_accept_error"]
+    return Counter(
+        {
+            "requests": count["requests"],
+            "accepted": count["accepted"],
+            "429 rate limit": count["fault_rate_limited"],
+            "429 lock timeout": count["lock_timeout"],
+            "500": failed,
+            "accepted, answer lost": count["fault_accept_lose"],
+            "400 already exists": count["duplicate"],
+            "replayed": count["replayed"],
+            "409 key in use": count["key_in_use"],
+        }
+    )
