@@ -179,6 +179,12 @@ class Delivery:
         self._schedule.armed()
         self.alarms, self._committing = self._committing, None
 
+    def retire(self, now: int) -> None:
+        """Before the last commit of a life: nothing is sent any more, and what was not sent must not look tried."""
+        for live in self._schedule.retire():
+            self._look(live, now)
+        self._fill(now)
+
     # The log and the mapping
 
     def read(self, offset: int, record: Record, now: int) -> None:

@@ -57,6 +57,7 @@ class Schedule:
         self._sent = 0
         self._probe: Live | None = None
         self._probe_wanted = False
+        self._retired = False
 
     @property
     def moving(self) -> int:
@@ -66,6 +67,8 @@ class Schedule:
     @property
     def starved(self) -> bool:
         """Whether more could be sent if more were armed."""
+        if self._retired:
+            return False
         return not self._lanes.ready and bool(self._probe_wanted if self.gate.shut else self._waiting)
 
     def wait(self, live: Live) -> None:
@@ -100,7 +103,7 @@ class Schedule:
     def arm(self, now: int) -> list[Live]:
         """Mark what the commit that is being made allows to be sent: all that waits, or one that is to probe."""
         count = len(self._waiting) if not self.gate.shut else int(self._probe_wanted)
-        self._arming = list(self._waiting.values())[:count]
+        self._arming = [] if self._retired else list(self._waiting.values())[:count]
         for live in self._arming:
             del self._waiting[live.entry.total.identifier]
             live.phase = Phase.ARMING
@@ -137,6 +140,8 @@ class Schedule:
 
     def take(self, now: int) -> Live | None:
         """The one to send now; its lane is busy until it has ``ended``."""
+        if self._retired:
+            return None
         if self.gate.shut:
             if not self._may_probe(now):
                 return None
@@ -170,14 +175,22 @@ class Schedule:
         elif isinstance(heard, Answer) and heard.status < 500:
             self.pacing.went_well(now)
         if self.gate.shut and not was:
-            # Marked, and not sent soon: a crash would make tried ones of them, and a day's wait doubts.
-            arming = [other for other in self._arming if other.phase is Phase.ARMING]
-            return arming + self.withdraw(lambda other: not other.tried)
+            return self._unsent()
         if was and not self.gate.shut:
             if was is Shut.DOWN:
                 self.pacing.start_over(now)
             return self._rouse()
         return []
+
+    def retire(self) -> list[Live]:
+        """Send nothing any more, and mark nothing; returns those to be looked at anew."""
+        self._retired = True
+        return self._unsent()
+
+    def _unsent(self) -> list[Live]:
+        # Marked, and not sent soon: a restart would make tried ones of them, and a day's wait doubts.
+        arming = [live for live in self._arming if live.phase is Phase.ARMING]
+        return arming + self.withdraw(lambda live: not live.tried)
 
     def wake(self, now: int) -> int | None:
         """When time alone brings something to look at or to send; None where it does not."""

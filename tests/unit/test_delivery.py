@@ -329,6 +329,29 @@ def test_an_old_mark_of_a_total_that_was_not_sent_is_renewed_and_makes_no_doubt(
     assert world.entry(identifier).first_unproven == world.now
 
 
+def test_a_service_that_was_stopped_for_days_has_no_doubts_about_what_it_had_not_sent() -> None:
+    """The last commit takes back the marks of what was armed, and marks nothing more; what was sent stays marked."""
+    world = World(names={name: f"cus_{name}" for name in "abc"})
+    for name in "ab":
+        world.total(name)
+    world.read()
+    world.commit()
+    sent = world.must_send()
+    world.total("c")
+    world.read()
+    world.delivery.retire(world.now)
+    world.commit()
+    assert {name for name, entry in world.entries.items() if entry.first_unproven is not None} == {sent.identifier}
+    assert not world.due()
+    assert world.send() is None
+
+    world.wait(48 * HOUR)
+    world.restart()
+    world.run(world.now + MINUTE)
+    assert world.parked() == {sent.identifier: "in_doubt"}
+    assert len(world.stripe.billed) == 2
+
+
 def test_a_restored_total_that_was_marked_23_hours_ago_is_in_doubt() -> None:
     """The service was down for a day, and went down while it was sending."""
     world = World()
