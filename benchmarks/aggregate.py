@@ -66,7 +66,7 @@ def events(number: int, end: int) -> Iterator[Message]:
     last: list[Message] = []
     for position in range(number):
         if last and rng.random() < 0.02:
-            yield last.pop()
+            yield last.pop()._replace(timestamp_ms=start + position * WINDOWS * 60_000 // number)
             continue
         at = start + position * WINDOWS * 60_000 // number
         moment = datetime.fromtimestamp(at // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
@@ -78,7 +78,9 @@ def events(number: int, end: int) -> Iterator[Message]:
             f'"datacontenttype":"application/json","data":{{"model":"gpt-5","region":"eu-west-1","tokens":'
             f'{{"prompt":812,"completion":155,"total":{value}}}}}}}'
         )
-        message = Message(b"cus_%06d" % customer, customer % PARTITIONS, at, [], body.encode())
+        # As brokers date them: a batch at a time.
+        arrival = at - at % 100 + 100
+        message = Message(b"cus_%06d" % customer, customer % PARTITIONS, arrival, [], body.encode())
         if not position % 50:
             last = [message]
         yield message
@@ -223,7 +225,7 @@ def main() -> None:
         child(candidate, servers, arguments.events)
         return
     with LocalKafka() as kafka:
-        kafka.create_topic(TOPIC, PARTITIONS)
+        kafka.create_topic(TOPIC, PARTITIONS, arrival="create_time")
         print(f"producing {arguments.events:,} events …", flush=True)
         produce(kafka.bootstrap_servers, TOPIC, events(arguments.events, int(time.time() * 1000)))
         figures: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}

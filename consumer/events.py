@@ -324,6 +324,8 @@ class Decoder:
             ),
         )
         self._typed_event = msgspec.json.Decoder(self._event)
+        self.typed: Callable[[bytes], Event] = self._typed_event.decode
+        """Decode an ASCII value in structured mode, for the hot path; any ``msgspec.DecodeError`` is for ``decode``."""
         self._typed_data = msgspec.json.Decoder(data_type)
 
     def raw(self, path: Path) -> Callable[[Event], msgspec.Raw | UnsetType]:
@@ -456,7 +458,7 @@ def parse_time(text: str) -> int:
         if below.isdigit() and below.isascii():
             rest = rest[:4] + rest[zone:]
     try:
-        return _seconds[text[:19]] + _rests[rest]
+        return SECONDS[text[:19]] + RESTS[rest]
     except ValueError as error:
         instant = _leap_second(text)
         if instant is not None:
@@ -484,8 +486,10 @@ def _rest(text: str) -> int:
     return milliseconds - offset if sign == "+" else milliseconds + offset
 
 
-_seconds: Final = _Memory(_second)
-_rests: Final = _Memory(_rest)
+SECONDS: Final = _Memory(_second)
+"""The first 19 characters of a time, in milliseconds since the epoch as if it were UTC; for the hot path."""
+RESTS: Final = _Memory(_rest)
+"""What follows them, fraction and offset, in milliseconds to add."""
 
 
 def _leap_second(text: str) -> int | None:
@@ -493,7 +497,7 @@ def _leap_second(text: str) -> int | None:
     if text[17:19] != "60" or rest is None:
         return None
     try:
-        instant = _seconds[f"{text[:17]}59"] + 999 + _rests[rest[2]]
+        instant = SECONDS[f"{text[:17]}59"] + 999 + RESTS[rest[2]]
     except ValueError:
         return None
     return instant if instant % _DAY == _DAY - 1 else None

@@ -14,12 +14,12 @@ from typing import Final
 import msgspec
 from xxhash import xxh64_intdigest
 
-from consumer import deadletters, totals
+from consumer import deadletters, events, totals
 from consumer.aggregate import buckets, ledger
 from consumer.aggregate.buckets import Buckets
 from consumer.aggregate.clock import AGREEMENT
 from consumer.aggregate.counting import FUTURE, Counting, read_by_all
-from consumer.aggregate.duplicates import INTERVALS, Chunk, Name, Remembered
+from consumer.aggregate.duplicates import Chunk, Name, Remembered
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.aggregate.meters import Meter, Source, identifier
 from consumer.aggregate.readers import Uncountable, paths_of
@@ -39,6 +39,10 @@ CLOSINGS_PER_COMMIT: Final = 10_000
 
 _LONGEST_DETAIL: Final = 500
 """Characters of what is said about a dead letter: it quotes the event, which may be of any size."""
+
+_USUAL_TIME: Final = 24
+"""Characters of a time in UTC with milliseconds."""
+_NOT_PLAIN: Final = (msgspec.DecodeError, KeyError, RecursionError, ValueError, Uncountable)
 
 _PARTITION_BOOK: Final = b"p"
 _METER_BOOK: Final = b"m"
@@ -92,86 +96,100 @@ class Aggregator:
             for event_type in meter.event_types:
                 self._by_type[event_type] = (*self._by_type.get(event_type, ()), counting)
         self._only = {kind: all_[0] for kind, all_ in self._by_type.items() if len(all_) == 1 and not all_[0].matches}
-        """The types of which every event counts in one meter: the usual case, and the fast one."""
+        """The types of which every event counts in one meter."""
+        self._accept_late = min((meter.accept_late for meter in rules.meters), default=0)
 
     # Reading
 
-    def step(self, records: Sequence[Record], now: int) -> int:  # noqa: C901, PLR0912, PLR0915 - the hot path, in one piece
+    def step(self, records: Sequence[Record], now: int) -> int:
         """Read records in the order of their offsets, and return how many of them were taken.
 
         ``now`` is the reader's clock. A record that the broker dates more than five minutes ahead of it is not taken,
         nor what follows: one of the clocks is wrong, and the partition waits until they agree. One that its producer
         dates so is a dead letter and moves nothing.
+
+        This is the hot path. What is plain (an ASCII JSON event of a type that one meter counts whole, on time, well
+        formed and new) is counted here; everything else goes to ``_take``, where the rules are.
         """
-        decode, only, bill_from = self._decoder.decode, self._only, self._bill_from
-        remembered = self._remembered
-        seen, fresh, interval = remembered.seen, remembered.fresh, remembered.interval
         ahead = now + AGREEMENT
-        arrival = self.book.arrival
-        taken = counted = duplicate = unkeyed = 0
+        book, remembered = self.book, self._remembered
+        typed, only, seconds, rests = self._decoder.typed, self._only, events.SECONDS, events.RESTS
+        seen, fresh = remembered.seen, remembered.fresh
+        arrival, interval = book.arrival, remembered.interval
+        earliest = max(self._bill_from, arrival - self._accept_late)
+        taken = counted = 0
         for record in records:
             offset, (stamp_type, stamp), key, headers, value = record
-            if stamp > ahead:
-                if stamp_type == LOG_APPEND_TIME:
+            if stamp > arrival:
+                if stamp <= ahead:
+                    self._arrived(stamp)
+                    arrival, interval = stamp, remembered.interval
+                    earliest = max(self._bill_from, arrival - self._accept_late)
+                elif stamp_type == LOG_APPEND_TIME:
                     break
-            elif stamp > arrival:
-                arrival = stamp
-                self._arrived(stamp)
-                interval = remembered.interval
             taken += 1
-            if key is None:
-                unkeyed += 1
-            if value is None:
-                self._ignore("tombstone")
-                continue
-            try:
-                if stamp > ahead:
-                    raise Uncountable("arrival_in_future", "its record is dated more than 5 minutes ahead")  # noqa: TRY301
-                event = decode(headers, value)
-                meter = only.get(event.type)
-                meters = () if meter else self._matching(event)
-                if meter is None and not meters:
-                    self._ignore("unmatched")
+            if stamp <= arrival and value is not None and not headers and key is not None and value.isascii():
+                try:
+                    event = typed(value)
+                    meter = only[event.type]
+                    time = event.time or ""
+                    at = seconds[time[:19]] + rests[time[19:]] if len(time) <= _USUAL_TIME else parse_time(time)
+                    source = event.source
+                    digest = xxh64_intdigest(f"{len(source)}:{source}{event.id}".encode())
+                    plain = digest not in seen and earliest <= at <= arrival + FUTURE
+                    if plain:
+                        customer, quantity = meter.customer(event), meter.quantity(event)
+                except _NOT_PLAIN:
+                    plain = False
+                if plain:
+                    counted += 1
+                    seen[digest] = interval
+                    fresh.append(digest)
+                    meter.add(at, customer, quantity, offset)
                     continue
-                at = stamp if event.time is None else parse_time(event.time)
-                if at < bill_from:
-                    self._ignore("before_bill_from")
-                    continue
-                source = event.source
-                digest = xxh64_intdigest(f"{len(source)}:{source}{event.id}".encode())
-                last = seen.get(digest)
-                if last is not None and interval - last <= INTERVALS:
-                    duplicate += 1
-                    if last != interval:
-                        seen[digest] = interval
-                        fresh.append(digest)
-                    continue
-                if meter:
-                    customer, quantity = meter.read(event, arrival - at)
-                else:
-                    parts = read_by_all(meters, event, arrival - at)
-            except (Malformed, Uncountable) as refused:
-                self._bury(record, refused.reason, refused.detail)
-                continue
-            except ValueError as wrong:
-                self._bury(record, "time_invalid", str(wrong))
-                continue
-            counted += 1
-            seen[digest] = interval
-            fresh.append(digest)
-            if meter:
-                meter.add(at, customer, quantity, offset)
-            else:
-                for each, customer, quantity in parts:
-                    each.add(at, customer, quantity, offset)
+            self._take(record)
         if taken:
             self._changed = True
             self.offset = records[taken - 1][0] + 1
-            self.book.consumed += taken
-            self.book.counted += counted
-            self.book.duplicate += duplicate
-            self.book.unkeyed += unkeyed
+            book.consumed += taken
+            book.counted += counted
         return taken
+
+    def _take(self, record: Record) -> None:
+        """Read one record by all the rules."""
+        offset, (_, stamp), key, headers, value = record
+        if key is None:
+            self.book.unkeyed += 1
+        if value is None:
+            self._ignore("tombstone")
+        elif stamp > self.book.arrival:
+            self._bury(record, "arrival_in_future", "its record is dated more than 5 minutes ahead")
+        else:
+            try:
+                self._count(self._decoder.decode(headers, value), offset, stamp)
+            except (Malformed, Uncountable) as refused:
+                self._bury(record, refused.reason, refused.detail)
+
+    def _count(self, event: Event, offset: int, stamp: int) -> None:
+        """Count an event once: in all meters that it matches or, if one of them cannot read it, in none."""
+        meters = [m for m in self._by_type.get(event.type, ()) if m.matches is None or m.matches(event)]
+        if not meters:
+            return self._ignore("unmatched")
+        try:
+            at = stamp if event.time is None else parse_time(event.time)
+        except ValueError as wrong:
+            raise Uncountable("time_invalid", str(wrong)) from None
+        if at < self._bill_from:
+            return self._ignore("before_bill_from")
+        remembered = self._remembered
+        digest = xxh64_intdigest(f"{len(event.source)}:{event.source}{event.id}".encode())
+        if remembered.has(digest):
+            self.book.duplicate += 1
+        else:
+            for meter, customer, quantity in read_by_all(meters, event, self.book.arrival - at):
+                meter.add(at, customer, quantity, offset)
+            self.book.counted += 1
+        return remembered.remember(digest)
 
     def _arrived(self, arrival: int) -> None:
         """The largest arrival so far moves the clock, and with it what is remembered."""
@@ -181,9 +199,6 @@ class Aggregator:
             book.clock = arrival
         if arrival >= self._interval_end:
             self._interval_end = self._remembered.enter(arrival)
-
-    def _matching(self, event: Event) -> list[Counting]:
-        return [m for m in self._by_type.get(event.type, ()) if m.matches is None or m.matches(event)]
 
     def advance(self, clock: int) -> None:
         """Move the clock of a quiet partition: all that its log holds has been read, and it is this late by evidence.

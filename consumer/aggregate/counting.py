@@ -18,8 +18,8 @@ class Counting:
     """One meter, compiled; its buckets and books are the partition's."""
 
     __slots__ = (
-        "_accept_late", "_book", "_buckets", "_customer", "_edition", "_grace", "_meter", "_on_time", "_partition",
-        "_quantity", "_settle", "_size", "matches",
+        "_accept_late", "_book", "_buckets", "_edition", "_grace", "_meter", "_on_time", "_partition",
+        "_settle", "_size", "customer", "matches", "quantity",
     )  # fmt: skip
 
     def __init__(
@@ -37,8 +37,8 @@ class Counting:
             book.rounded += 1
 
         self.matches = filter_of(meter, decoder)
-        self._customer = customer_reader(meter, decoder)
-        self._quantity = quantity_reader(meter, decoder, rounded)
+        self.customer = customer_reader(meter, decoder)
+        self.quantity = quantity_reader(meter, decoder, rounded)
         self._meter = meter
         self._edition = edition
         self._size = meter.size
@@ -59,7 +59,7 @@ class Counting:
             raise Uncountable("late", f"it arrived {age / HOUR:.1f} h after its event time, beyond accept_late")
         if age < -FUTURE:
             raise Uncountable("future", f"its event time is {-age / MINUTE:.0f} minutes after its arrival")
-        return self._customer(event), self._quantity(event)
+        return self.customer(event), self.quantity(event)
 
     @property
     def rounded(self) -> int:

@@ -37,8 +37,7 @@ class Chunk(NamedTuple):
 class Remembered:
     """The ids of one partition, and what has changed of them since the last commit.
 
-    The hot path asks ``seen`` itself: an id that arrives is a duplicate if ``interval - seen[id] <= INTERVALS``. Either
-    way it then puts it into ``seen`` with the current ``interval`` and, if it was not there so, into ``fresh``.
+    The hot path puts ids that it has never seen into ``seen``, with the current ``interval``, and ``fresh`` itself.
     """
 
     __slots__ = ("_chunks", "_dropped", "_older", "_unsaved", "_width", "fresh", "interval", "seen")
@@ -70,6 +69,17 @@ class Remembered:
 
     def __len__(self) -> int:
         return len(self.seen)
+
+    def has(self, digest: int) -> bool:
+        """Whether an event with this id that arrives now is a duplicate."""
+        last = self.seen.get(digest)
+        return last is not None and self.interval - last <= INTERVALS
+
+    def remember(self, digest: int) -> None:
+        """It arrived, for the first time or again, in the current interval."""
+        if self.seen.get(digest) != self.interval:
+            self.seen[digest] = self.interval
+            self.fresh.append(digest)
 
     def enter(self, arrival: int) -> int:
         """Move on to the interval of this arrival, forgetting what fell behind; return the time at which it ends."""

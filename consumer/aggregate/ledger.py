@@ -7,6 +7,7 @@ Two equations hold after every record and are checked whenever the state is rest
 """
 
 import json
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
@@ -14,7 +15,8 @@ import msgspec
 Book = TypeVar("Book", "MeterBook", "PartitionBook")
 
 
-class MeterBook(msgspec.Struct):
+@dataclass(slots=True)
+class MeterBook:
     """One meter on one partition; values in units of 10⁻¹²."""
 
     events: int = 0
@@ -23,11 +25,12 @@ class MeterBook(msgspec.Struct):
     total_value: int = 0
     totals: int = 0
     rounded: int = 0
-    late: dict[int, int] = {}
+    late: dict[int, int] = field(default_factory=dict)
     """Events by revision, 1 and up."""
 
 
-class PartitionBook(msgspec.Struct):
+@dataclass(slots=True)
+class PartitionBook:
     """One partition: its clock and what became of its records."""
 
     clock: int = 0
@@ -37,8 +40,8 @@ class PartitionBook(msgspec.Struct):
     consumed: int = 0
     counted: int = 0
     duplicate: int = 0
-    dead: dict[str, int] = {}
-    ignored: dict[str, int] = {}
+    dead: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
     unkeyed: int = 0
 
     def balanced(self) -> bool:

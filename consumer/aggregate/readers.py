@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Final
 
 import msgspec
+from msgspec import UNSET
 
 from consumer.aggregate.meters import Meter, Path, Scalar
 from consumer.aggregate.numbers import NotAQuantity, quantity
@@ -13,6 +14,9 @@ from consumer.totals import SCALE, SCALE_DIGITS
 
 LONGEST_CUSTOMER: Final = 255
 """Bytes."""
+
+_SURELY_SHORT: Final = LONGEST_CUSTOMER // 4
+"""Characters that are no more than the longest customer's bytes, whatever they are."""
 
 _CACHED: Final = 50_000
 """Pieces of text whose meaning is kept; a value seen again is then not parsed again."""
@@ -72,7 +76,7 @@ def _condition(get: RawText, allowed: tuple[Scalar, ...]) -> Callable[[Event], b
 
     def holds(event: Event) -> bool:
         raw = get(event)
-        if isinstance(raw, msgspec.UnsetType):
+        if raw is UNSET:
             return False
         text = bytes(raw)
         answer = known.get(text)
@@ -102,7 +106,7 @@ def _customer_attribute(get: Callable[[Event], str | None], name: str) -> Callab
         found = get(event)
         if not found:
             raise Uncountable("customer_missing", f"the attribute {name}, which names the customer, is absent")
-        if len(found) > LONGEST_CUSTOMER // 4 and len(found.encode()) > LONGEST_CUSTOMER:
+        if len(found) > _SURELY_SHORT and len(found.encode()) > LONGEST_CUSTOMER:
             raise Uncountable(
                 "customer_too_long", f"the customer is longer than {LONGEST_CUSTOMER} bytes: {found[:60]}…"
             )
@@ -116,7 +120,7 @@ def _customer_at(get: RawText, meter: Meter) -> Callable[[Event], str]:
 
     def customer(event: Event) -> str:
         raw = get(event)
-        if isinstance(raw, msgspec.UnsetType):
+        if raw is UNSET:
             raise Uncountable("customer_missing", f"there is no customer at {shown(meter.customer)}")
         text = bytes(raw)
         found = known.get(text)
@@ -148,12 +152,13 @@ def _quantity(get: RawText, meter: Meter, rounded: Callable[[], None]) -> Callab
 
     def read(event: Event) -> int:
         raw = get(event)
-        if isinstance(raw, msgspec.UnsetType):
+        if raw is UNSET:
             raise Uncountable("value_missing", f"there is no value at {shown(meter.value)}")
         text = bytes(raw)
-        value = known.get(text)
-        if value is not None:
-            return value
+        if len(text) <= _SHORT:
+            value = known.get(text)
+            if value is not None:
+                return value
         whole, point, fraction = text.partition(b".")
         # The two plain forms that nearly all events have; everything else is read with care.
         if len(whole) <= 15 and whole.isdigit() and len(fraction) <= decimals and (fraction.isdigit() or not point):

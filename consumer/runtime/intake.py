@@ -155,7 +155,13 @@ class Intake:
             if message.error() is not None:
                 self._hear(message)
             else:
-                batches[message.partition()].append(_record(message))  # type: ignore[index]  # a record has one
+                try:
+                    headers = message.headers()
+                except UnicodeDecodeError:
+                    headers = _UNREADABLE  # type: ignore[assignment]
+                # The client's types are wider than what it gives for a record that is no error.
+                record = message.offset(), message.timestamp(), message.key(), headers, message.value()
+                batches[message.partition()].append(record)  # type: ignore[index,arg-type]
         return batches
 
     def _take(self, number: int, records: list[Record], now: int, elapsed: int) -> None:
@@ -295,15 +301,6 @@ class Intake:
             )
         else:
             raise IntakeStopped(f"Kafka refuses to let partition {number} be read: {error.name()}, {error.str()}")
-
-
-def _record(message: Message) -> Record:
-    # The client's types are wider than what it gives for a record that is no error.
-    try:
-        headers = message.headers()
-    except UnicodeDecodeError:
-        headers = _UNREADABLE  # type: ignore[assignment]
-    return message.offset(), message.timestamp(), message.key(), headers, message.value()  # type: ignore[return-value]
 
 
 def _later(one: Reading | None, other: Reading | None, elapsed: int) -> Reading | None:
