@@ -1,0 +1,344 @@
+"""How the command's answers look: tables for people, lines of JSON for machines, progress on a terminal alone."""
+
+import base64
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from consumer.deliver.entries import Entry, Reason
+from consumer.runtime.audit import MAY_BE_THERE, Line, Standing, is_doubtful
+from consumer.runtime.check import Finding
+from consumer.runtime.redrive import Letter, Redriven
+from consumer.runtime.reset import GivenUp, Old
+from consumer.runtime.start import shown
+from consumer.totals import plain
+
+T = TypeVar("T")
+
+_WIDE: Final = 250
+"""Columns where nobody looks at a terminal: identifiers are not broken."""
+
+_COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+_CURES: Final = {
+    Reason.UNMAPPED: "add the customer to the customers' file: it is released by itself (null: not billed)",
+    Reason.REFUSED: "put right what Stripe says, then `tallyman parked release`, or discard it",
+    Reason.METER: "create the meter at Stripe, or activate it, then `tallyman parked release`, or discard it",
+}
+
+
+# Where it goes
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, whole: str = "") -> None:
+    """``whole``: the column that is never cut."""
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
+    for name in columns:
+        table.add_column(name, overflow="fold", no_wrap=name == whole and not sys.stdout.isatty())
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_clean(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False).print(table)
+
+
+def json_line(found: object) -> None:
+    """One JSON object on a line of its own."""
+    typer.echo(msgspec.json.encode(found).decode())
+
+
+def more(number: int) -> None:
+    """Say that there is more than was shown, where JSON does not get in its way."""
+    if number > 0:
+        typer.echo(f"and {number} more: raise --limit, or ask for less", err=True)
+
+
+class Counted:
+    """How many of something went by, told on a terminal now and then."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.number = 0
+        self._tell = tell
+
+    def __call__(self, found: Iterable[T]) -> Iterator[T]:
+        """The same things, counted."""
+        for each in found:
+            self.number += 1
+            if not self.number % 10_000:
+                self._tell(self.number)
+            yield each
+
+
+@contextmanager
+def status(text: str) -> Iterator[Counted]:
+    """Say on a terminal what is being waited for."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Counted(lambda _: None)
+        return
+    with console.status(f"{text} …") as spinner:
+        yield Counted(lambda number: spinner.update(f"{text} … {number:,}"))
+
+
+@contextmanager
+def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how far it is; to be told how much is done."""
+    bar = Progress(
+        TextColumn(text),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+# What was found
+
+
+def findings(found: Iterable[Finding]) -> None:
+    """What `check` says."""
+    _table(("", "", ""), ((Text(each.level, _COLOURS[each.level]), each.what, each.says) for each in found))
+
+
+def totals(lines: Sequence[Line]) -> None:
+    """Totals, one to a line."""
+    _table(
+        ("identifier", "meter", "customer", "window", "value", "state", ""),
+        (
+            (
+                each.identifier,
+                each.meter,
+                each.customer,
+                _window(each.window_start, each.window, each.revision),
+                each.value,
+                each.state,
+                each.reason or each.stripe_customer or "",
+            )
+            for each in lines
+        ),
+        whole="identifier",
+    )
+
+
+def parked_total(entry: Entry) -> dict[str, Any]:
+    """A parked total, for machines."""
+    return {
+        "identifier": entry.total.identifier,
+        "reason": entry.reason,
+        "message": entry.message,
+        "due": entry.total.due,
+        "attempts": entry.attempts,
+        "first_unproven": entry.first_unproven,
+        "may_be_at_stripe": is_doubtful(entry),
+        "stripe_customer": entry.customer,
+        "total": entry.total,
+    }
+
+
+def parked(entries: Iterable[Entry]) -> None:
+    """Parked totals, one to a line."""
+    _table(
+        ("identifier", "meter", "customer", "window", "value", "reason", "due since", "what Stripe said"),
+        (
+            (
+                each.total.identifier,
+                each.total.meter,
+                each.total.customer,
+                _window(each.total.window_start, each.total.window, each.total.revision),
+                each.total.value,
+                each.reason,
+                shown(each.total.due),
+                each.message or "",
+            )
+            for each in entries
+        ),
+        whole="identifier",
+    )
+
+
+def parked_whole(entry: Entry) -> None:
+    """All of one parked total, and what to do."""
+    total = entry.total
+    rows: list[tuple[str, object]] = [
+        ("identifier", total.identifier),
+        ("meter", f"{total.meter}, at Stripe {total.stripe.event_name}"),
+        ("customer", f"{total.customer}, at Stripe {entry.customer or 'unknown'}"),
+        ("window", _window(total.window_start, total.window, total.revision)),
+        ("value", f"{total.value}, of {total.events} events"),
+        ("timestamp", shown(total.timestamp * 1000)),
+        ("read from", f"partition {total.partition}, offsets {total.first_offset} to {total.last_offset}"),
+        ("due since", shown(total.due)),
+        ("parked", f"{entry.reason}, after {entry.attempts} attempts"),
+    ]
+    if entry.message:
+        rows.append(("Stripe said", entry.message))
+    if entry.first_unproven is not None:
+        rows.append(("unproven since", shown(entry.first_unproven)))
+    _table(("", ""), rows)
+    if is_doubtful(entry):
+        typer.echo(f"It cannot be released: {MAY_BE_THERE.format(at=shown(total.timestamp * 1000))}.")
+    elif entry.reason in _CURES:
+        typer.echo(f"What to do: {_CURES[entry.reason]}.")
+
+
+def became(line: Line | None) -> str:
+    """What became of a total that somebody decided about."""
+    if line is None:
+        return "not applied yet"
+    if line.state is Standing.PENDING:
+        return "released, and about to be sent"
+    if line.state is Standing.PARKED:
+        return f"parked ({line.reason})"
+    return f"{line.state}: {line.billed} to {line.stripe_customer}" if line.billed is not None else line.state
+
+
+def letter(each: Letter) -> dict[str, Any]:
+    """A dead letter without its event, for machines."""
+    source, id_ = each.event or (None, None)
+    dead = each.letter
+    return {
+        "number": each.number,
+        "reason": dead.reason,
+        "detail": dead.detail,
+        "partition": dead.partition,
+        "offset": dead.offset,
+        "arrival": dead.timestamp,
+        "source": source,
+        "id": id_,
+        "kept": each.kept,
+        "redriven_at": each.redriven_at,
+    }
+
+
+def event(each: Letter) -> dict[str, Any]:
+    """The record of a dead letter: text where it is text, else base64."""
+    dead = each.letter
+    return {
+        "key": _machine(dead.key),
+        "headers": [(name, _machine(value)) for name, value in dead.headers or ()],
+        "value": _machine(dead.value),
+    }
+
+
+def letters(found: Iterable[Letter]) -> None:
+    """Dead letters, one to a line."""
+    _table(
+        ("number", "reason", "detail", "partition", "offset", "arrival", "source", "id", "redriven"),
+        (
+            (
+                each.number,
+                each.letter.reason,
+                each.letter.detail,
+                each.letter.partition,
+                each.letter.offset,
+                shown(each.letter.timestamp),
+                *(each.event or ("", "")),
+                "no" if each.redriven_at is None else shown(each.redriven_at),
+            )
+            for each in found
+        ),
+    )
+
+
+def letter_whole(each: Letter) -> None:
+    """One dead letter with its event."""
+    dead = each.letter
+    _table(
+        ("", ""),
+        [
+            ("number", each.number),
+            ("reason", dead.reason),
+            ("detail", dead.detail),
+            ("record", f"partition {dead.partition}, offset {dead.offset}, arrived {shown(dead.timestamp)}"),
+            ("redriven", "no" if each.redriven_at is None else shown(each.redriven_at)),
+            ("key", _human(dead.key)),
+            *((f"header {name}", _human(value)) for name, value in dead.headers or ()),
+        ],
+    )
+    if dead.value is None:
+        typer.echo("The event is larger than 256 KB: it is kept in the topic alone, at this offset.")
+    else:
+        typer.echo(_human(dead.value))
+
+
+def redriven(done: Redriven, what: str, topic: str) -> None:
+    """What a redrive did, or would do."""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(done.reasons.items()))
+    typer.echo(f"{done.produced} dead letters {what} to {topic} again{f' ({reasons})' if reasons else ''}")
+    if done.before:
+        typer.echo(f"{done.before} not, because they were redriven before: add --again to produce them once more")
+    if done.old:
+        typer.echo(
+            f"{done.old} not, because they are older than deduplicate_for: one that was redriven before would count "
+            "twice; add --even-old if you know that none was"
+        )
+    if done.gone:
+        numbers = ", ".join(map(str, done.gone[:20])) + (", …" if len(done.gone) > 20 else "")
+        typer.echo(f"{len(done.gone)} not, because they were kept in the topic alone and are gone from it: {numbers}")
+
+
+def given_up(old: Old | str) -> None:
+    """What a reset loses."""
+    if isinstance(old, str):
+        typer.echo(f"{old}: what it held cannot be shown.")
+        return
+    newest = "none yet" if old.newest is None else f"up to {shown(old.newest)}"
+    typer.echo(f"State since {shown(old.facts.bill_from)}, totals {newest}.")
+    if not old.meters:
+        typer.echo("Nothing is given up: no open window, and every total is finished.")
+        return
+    typer.echo("Given up, unless events from --bill-from on count them again:")
+    _table(
+        ("meter", "not delivered", "value", "parked", "value", "events in open windows", "value"),
+        ((name, *_columns(of)) for name, of in sorted(old.meters.items())),
+    )
+
+
+def _columns(of: GivenUp) -> tuple[object, ...]:
+    pending, parked, open_ = of.pending, of.parked, of.open
+    return (
+        *(pending.totals, plain(pending.value)),
+        *(parked.totals, plain(parked.value)),
+        *(open_.events, plain(open_.value)),
+    )
+
+
+# Text that others wrote
+
+
+def _window(start: int, size: str, revision: int) -> str:
+    return f"{shown(start * 1000)} {size}" + (f" r{revision}" if revision else "")
+
+
+def _clean(cell: object) -> str:
+    """Text that cannot take over a terminal: what does not print is written as an escape."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(cell))
+
+
+def _human(content: bytes | None) -> str:
+    if content is None:
+        return "none"
+    try:
+        return _clean(content.decode())
+    except UnicodeDecodeError:
+        return f"{len(content)} bytes that are no text, in base64: {base64.b64encode(content).decode()}"
+
+
+def _machine(content: bytes | None) -> str | dict[str, str] | None:
+    if content is None:
+        return None
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}

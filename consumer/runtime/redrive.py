@@ -1,0 +1,271 @@
+"""Dead letters: to read them, and to produce them again once what was wrong is mended.
+
+A redriven event arrives anew, on its own partition, with the same key and headers. It is given its event time where
+it has none, so that it is billed in the window in which it took place. Whatever is produced is marked batch by batch:
+an interrupted redrive goes on where it stopped, and what a crash made it produce twice is a duplicate to stage 1.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, Final
+
+import msgspec
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from consumer import deadletters
+from consumer.config import Config
+from consumer.deadletters import DeadLetter
+from consumer.events import Decoder, Malformed
+from consumer.runtime import audit
+from consumer.runtime.source import Source, SourceError
+from consumer.storage import Log
+from consumer.storage.sqlite import Logged, SqliteStore
+
+BATCH: Final = 100
+"""Letters produced between two marks; all of them are in memory, with events of up to a megabyte."""
+READ_S: Final = 10.0
+DELIVERY_MS: Final = 30_000
+
+DIES_AGAIN: Final = frozenset({"late", "future"})
+"""Reasons that mending an event or a path does not cure."""
+
+_DECODER: Final = Decoder((), ())
+_MEMBERS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+Headers = list[tuple[str, str | bytes | None]]
+
+
+class RedriveRefused(Exception):
+    """Nothing can be produced again; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter and its place in the log of dead letters."""
+
+    number: int
+    letter: DeadLetter
+    redriven_at: int | None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the event is here; if not, it was too large, and is read from its topic."""
+        return self.letter.value is not None
+
+    @property
+    def event(self) -> tuple[str, str] | None:
+        """The event's source and id, if they can be read."""
+        if self.letter.value is None:
+            return None
+        try:
+            event = _DECODER.decode(self.letter.headers, self.letter.value)
+        except Malformed:
+            return None
+        return event.source, event.id
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which letters are asked for. ``since`` is an arrival, in milliseconds; no numbers are all of them."""
+
+    reason: str | None = None
+    partition: int | None = None
+    since: int | None = None
+    numbers: frozenset[int] = frozenset()
+
+    def __contains__(self, each: Letter) -> bool:
+        letter = each.letter
+        return (
+            (self.reason is None or letter.reason == self.reason)
+            and (self.partition is None or letter.partition == self.partition)
+            and (self.since is None or letter.timestamp >= self.since)
+            and (not self.numbers or each.number in self.numbers)
+        )
+
+
+def letters(store: SqliteStore, wanted: Wanted) -> Iterator[Letter]:
+    """The letters that are wanted, the oldest first."""
+    return (letter for each in audit.read(store, Log.DEAD_LETTERS) if (letter := opened(each)) in wanted)
+
+
+def opened(record: Logged) -> Letter:
+    """The letter in a record of the log."""
+    return Letter(record.offset, deadletters.decode(record.value), record.redriven_at)
+
+
+@dataclass(slots=True)
+class Redriven:
+    """What a redrive did, in letters."""
+
+    produced: int = 0
+    before: int = 0
+    """Not produced, because they were redriven before."""
+    old: int = 0
+    """Not produced, because they are older than ``deduplicate_for``."""
+    gone: list[int] = field(default_factory=list)
+    """Numbers of those that were kept in the topic alone, and cannot be read there any more."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Of those produced, by why they are dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What a redrive does although it may be wrong to."""
+
+    again: bool = False
+    """Those that were redriven before."""
+    even_old: bool = False
+    """Those older than ``deduplicate_for``: of an earlier redrive nothing may be remembered any more."""
+
+
+def redrive(
+    config: Config,
+    store: SqliteStore,
+    source: Source,
+    wanted: Wanted,
+    allowed: Permissions,
+    *,
+    now: int,
+    dry_run: bool = False,
+    told: Callable[[Redriven], None] = lambda _: None,
+) -> Redriven:
+    """Produce letters again; ``told`` hears of the progress after every batch.
+
+    Raises ``RedriveRefused`` where the topic is not the one that the letters came from, and ``SourceError`` where Kafka
+    does not take them; what was produced until then is marked.
+    """
+    topic, facts = source.describe(), store.facts()
+    if facts is not None and facts.topic_id != topic.topic_id:
+        raise RedriveRefused(
+            f"the dead letters in {store.path} came from the topic {facts.topic} ({facts.topic_id}), and this is "
+            f"{topic.name} ({topic.topic_id}): nothing was produced. Correct the configuration."
+        )
+    done = Redriven()
+    oldest = None if allowed.even_old else now - int(config.windows.deduplicate_for)
+    chosen = (each for each in letters(store, wanted) if _may(each, done, again=allowed.again, oldest=oldest))
+    with closing(source.consumer()) as consumer:
+        producer = _Again(config, topic.name)
+        while batch := list(islice(chosen, BATCH)):
+            found = [(each, whole) for each in batch if (whole := _whole(each, consumer, source, done)) is not None]
+            if not dry_run:
+                produced = producer.send([whole for _, whole in found])
+                store.mark_redriven(each.number for (each, _), sent in zip(found, produced, strict=True) if sent)
+                producer.check()
+            done.produced += len(found)
+            for each, _ in found:
+                done.reasons[each.letter.reason] = done.reasons.get(each.letter.reason, 0) + 1
+            told(done)
+    return done
+
+
+def _may(each: Letter, done: Redriven, *, again: bool, oldest: int | None) -> bool:
+    if each.redriven_at is not None and not again:
+        done.before += 1
+    elif oldest is not None and each.letter.timestamp < oldest:
+        done.old += 1
+    else:
+        return True
+    return False
+
+
+def _whole(each: Letter, consumer: Consumer, source: Source, done: Redriven) -> DeadLetter | None:
+    """The letter with its event, from the topic where it is not kept here."""
+    if each.kept:
+        return each.letter
+    fetched = _fetch(each.letter, consumer, source)
+    if fetched is None:
+        done.gone.append(each.number)
+    return fetched
+
+
+def _fetch(letter: DeadLetter, consumer: Consumer, source: Source) -> DeadLetter | None:
+    beginning, end = source.beginnings([letter.partition]), source.ends([letter.partition])
+    if not beginning[letter.partition] <= letter.offset < end[letter.partition]:
+        return None
+    consumer.assign([TopicPartition(source.topic, letter.partition, letter.offset)])
+    message = consumer.poll(READ_S)
+    consumer.unassign()
+    if message is None:
+        raise SourceError(
+            f"partition {letter.partition} of {source.topic} did not give up offset {letter.offset} within "
+            f"{READ_S:.0f} s: try again"
+        )
+    error = message.error()
+    if error is not None and error.name() not in {"_PARTITION_EOF", "_AUTO_OFFSET_RESET"}:
+        raise SourceError(f"partition {letter.partition} of {source.topic} cannot be read: {error.str()}")
+    if error is not None or message.offset() != letter.offset:
+        return None
+    try:
+        headers: Any = message.headers()  # bytes all of them, though the client's types allow for text
+    except UnicodeDecodeError:
+        return None  # names that are no text cannot be produced again
+    return msgspec.structs.replace(letter, key=message.key(), headers=headers or [], value=message.value())
+
+
+class _Again:
+    """Produces letters to the topic, and knows which of them the broker has."""
+
+    def __init__(self, config: Config, topic: str) -> None:
+        self._topic = topic
+        self._error: KafkaError | None = None
+        self._producer = Producer(
+            {
+                "log_level": "0",
+                "enable.idempotence": "true",
+                "compression.type": "lz4",
+                "message.max.bytes": str(64 * 2**20),  # the broker took it once: its limit decides
+                "message.timeout.ms": str(DELIVERY_MS),
+            }
+            | config.kafka_client()
+        )
+
+    def send(self, whole: Sequence[DeadLetter]) -> list[bool]:
+        """Which of the letters are in the topic now."""
+        sent = [False] * len(whole)
+        for number, letter in enumerate(whole):
+            value, headers = with_time(letter)
+
+            def delivered(error: KafkaError | None, _: object, number: int = number) -> None:
+                sent[number] = error is None
+                self._error = self._error or error
+
+            try:
+                self._producer.produce(
+                    self._topic, value, letter.key, letter.partition, on_delivery=delivered, headers=headers
+                )
+            except KafkaException as failed:
+                self._error = self._error or failed.args[0]
+                break
+        self._producer.flush()  # ends by message.timeout.ms
+        return sent
+
+    def check(self) -> None:
+        """Raise what kept the broker from taking one of them."""
+        if self._error is not None:
+            raise SourceError(
+                f"{self._topic} did not take all letters ({self._error.str()}). Those that it took are marked as "
+                "redriven: the same command goes on with the others."
+            )
+
+
+def with_time(letter: DeadLetter) -> tuple[bytes, Headers]:
+    """Value and headers of the event, with an event time: its own or, where it has none, its first arrival."""
+    value, headers = letter.value or b"", [*(letter.headers or ())]
+    names = {name.lower(): text for name, text in headers}
+    written = datetime.fromtimestamp(letter.timestamp / 1000, UTC).isoformat(timespec="milliseconds")
+    written = written.replace("+00:00", "Z")
+    media = (names.get("content-type") or b"").lstrip().lower()
+    if not media.startswith(b"application/cloudevents") and any(name.startswith("ce_") for name in names):
+        return value, headers if "ce_time" in names else [*headers, ("ce_time", written.encode())]
+    try:
+        members = _MEMBERS.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return value, headers  # no event: without a time it is none either
+    time = members.get("time")
+    if time is not None and bytes(time) != b"null":
+        return value, headers
+    # The other members stay the text that they are: no number passes through a float.
+    return msgspec.json.encode(members | {"time": written}), headers
