@@ -89,6 +89,8 @@ class Reporter:
         """Go round until ``stopping``, wait shortly for answers, and commit once more."""
         while not stopping.is_set():
             await self._turn()
+        # What was marked and will not be sent now must not come back as possibly sent.
+        self.delivery.retire(self._clock.now())
         if self._sending:
             await asyncio.wait(self._sending, timeout=LAST_ANSWERS_S)
         for task in self._sending:
