@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,23 +31,6 @@ PATIENCE_S = 120.0
 """A run in which nothing moves for so long has failed."""
 POLL_S = 0.1
 
-_RUN = (
-    ["-m", "consumer", "run", "-c"]
-    if find_spec("consumer.cli")
-    else [
-        "-c",
-        """
-import logging, os, sys
-import structlog
-from pathlib import Path
-from consumer.config import load
-from consumer.runtime import service
-from consumer.runtime.clocks import SystemClock
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
-service.run(load(Path(sys.argv[1]), os.environ), service.Surroundings(SystemClock(), service.kafka_source))
-""",
-    ]
-)
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 
@@ -154,7 +136,7 @@ class Service:
         """Start it; it takes up work by itself."""
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *_RUN, str(self.config_file)],
+                [sys.executable, "-m", "consumer", "run", "-c", str(self.config_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
