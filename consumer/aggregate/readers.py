@@ -15,6 +15,8 @@ from consumer.totals import SCALE, SCALE_DIGITS
 LONGEST_CUSTOMER: Final = 255
 """Bytes."""
 
+_LONGEST_WRITTEN_CUSTOMER: Final = 6 * LONGEST_CUSTOMER + 2
+"""Bytes of its JSON text, if all of it is escaped."""
 _SURELY_SHORT: Final = LONGEST_CUSTOMER // 4
 """Characters that are no more than the longest customer's bytes, whatever they are."""
 
@@ -134,12 +136,12 @@ def _customer_at(get: RawText, meter: Meter) -> Callable[[Event], str]:
 
 
 def _customer_named(text: bytes, meter: Meter) -> str:
-    value: object = None
-    if text[:1] not in b"[{":  # brackets nest as deep as anybody likes
-        value = msgspec.json.decode(text) if len(text) <= 6 * LONGEST_CUSTOMER else text.decode()
-    if type(value) is int:
-        value = str(value)
-    if not isinstance(value, str) or not value:
+    value = None
+    if text[:1] == b'"':
+        value = msgspec.json.decode(text, type=str) if len(text) <= _LONGEST_WRITTEN_CUSTOMER else text.decode()
+    elif text.removeprefix(b"-").isdigit():
+        value = text.decode()
+    if not value:
         raise Uncountable("customer_invalid", f"the customer at {shown(meter.customer)} is no string: {text[:60]!r}")
     if len(value.encode()) > LONGEST_CUSTOMER:
         raise Uncountable("customer_too_long", f"the customer is longer than {LONGEST_CUSTOMER} bytes: {value[:60]}…")

@@ -1,8 +1,11 @@
 """Stage 1, one story for each rule: how usage would be lost, doubled or put into the wrong period without it."""
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from consumer.aggregate.aggregator import UnbalancedError, UnknownEntryError
 from consumer.storage import Log
@@ -21,6 +24,7 @@ from tests.unit.stage1 import (
     time_text,
     values,
 )
+from tests.unit.strategies import THOROUGH
 
 DEADLINE = T0 + 3 * MINUTE
 """Of the window that starts at T0."""
@@ -533,6 +537,26 @@ def test_nothing_that_anybody_can_send_stops_the_partition(value: bytes, custome
     stage.commit()
     assert len(stage.letters) == 1
     stage.crash()
+
+
+JSON_TEXTS = st.one_of(
+    st.text("0123456789+-.eE", max_size=12),
+    st.builds("{}e{}".format, st.integers(-99, 99), st.integers(-(10**25), 10**25)),
+    st.recursive(st.text() | st.integers() | st.floats() | st.booleans() | st.none(), st.lists).map(json.dumps),
+    st.text(r"\\\"ud8cefF0{}[],:tn ", max_size=14).map(lambda text: f'"{text}"'),
+    st.sampled_from(["", "{}", "[", "NaN", "-Infinity", '"\\udfff"', "\x00", "tru", "9" * 400]),
+)
+
+
+@THOROUGH
+@given(JSON_TEXTS, st.sampled_from(["account", "model", "n"]))
+def test_no_json_in_any_place_that_is_read_stops_the_partition(raw: str, place: str) -> None:
+    filtered = meter(customer=("account",), where=((("model",), ("x", 1, True)),))
+    stage = Stage1(rules(filtered, meter("other", customer=("account",), value=("model",))))
+    stage.send(event("1", data={"account": "acme", "model": "x"} | {place: "RAW"}, raw=raw), T0)
+    stage.commit()
+    stage.crash()
+    assert stage.aggregator.book.consumed == 1
 
 
 def test_tombstones_are_ignored_and_move_the_clock() -> None:

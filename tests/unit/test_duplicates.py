@@ -45,6 +45,17 @@ def test_whatever_repeats_within_deduplicate_for_is_a_duplicate(deduplicate_for:
     assert counted(EDGE + since, EDGE + since + deduplicate_for, deduplicate_for=deduplicate_for) == 1
 
 
+@pytest.mark.parametrize("span", [24, 25, 47, 48, 999, 300_001, DAY + FUTURE])
+def test_what_is_remembered_for_a_time_is_remembered_to_its_end(span: int) -> None:
+    """However the time divides into intervals, and wherever in its interval the first arrival lies."""
+    for arrival in range(T0, T0 + 3 * (span // 24), max(1, span // 240)):
+        remembered = Remembered(span)
+        remembered.enter(arrival)
+        remembered.remember(7)
+        remembered.enter(arrival + span)
+        assert remembered.has(7)
+
+
 @pytest.mark.parametrize("ahead", [0, MINUTE, FUTURE])
 def test_whatever_is_not_late_is_still_remembered(ahead: int) -> None:
     """An event may be dated five minutes ahead of its arrival, so that it is not late for 24 hours and five minutes.
@@ -192,6 +203,17 @@ def test_ids_are_still_known_after_deduplicate_for_has_changed(changed: int) -> 
     assert not [key for key in stage.entries if key[:1] == b"i"]
     stage.send(event("1"), T0 + 9 * DAY)
     assert stage.aggregator.book.counted == 3
+
+
+def test_an_id_that_was_renewed_after_the_change_is_remembered_from_then_on() -> None:
+    stage = Stage1(rules(ALWAYS))
+    stage.send(event("1"), T0)
+    stage.configure(rules(ALWAYS, deduplicate_for=12 * HOUR))
+    for hours in (10, 20, 30, 40):
+        stage.send(event("1"), T0 + hours * HOUR)
+        stage.commit()
+        stage.crash()
+    assert stage.aggregator.book.counted == 1
 
 
 def test_with_a_shorter_memory_ids_are_remembered_as_long_as_it_says() -> None:

@@ -231,6 +231,7 @@ def test_the_customer_is_an_attribute_or_lies_in_the_data() -> None:
     assert customer_of(("account", "id"), data={"account": {"id": "acme-3"}}) == "acme-3"
     assert customer_of(("accounts", 1), data={"accounts": ["a", "acme-4"]}) == "acme-4"
     assert customer_of(("account",), data={"account": 42}) == "42"
+    assert customer_of(("account",), data={"account": 10**30}) == "1" + "0" * 30
 
 
 @pytest.mark.parametrize("customer", ["subject", "tenant", ("account",)])
@@ -239,7 +240,11 @@ def test_an_event_without_a_customer_is_a_dead_letter(customer: Any) -> None:
     assert customer_of(customer, subject=...) == "customer_missing"
 
 
-@pytest.mark.parametrize("value", [None, True, False, 1.5, "", [], ["acme"], {"id": "acme"}])
+def test_an_empty_attribute_names_no_customer() -> None:
+    assert customer_of("tenant", tenant="") == "customer_missing"
+
+
+@pytest.mark.parametrize("value", [None, True, False, 1.5, 1e300, "", [], ["acme"], {"id": "acme"}])
 def test_a_customer_is_a_name_or_a_whole_number(value: object) -> None:
     assert customer_of(("account",), data={"account": value}) == "customer_invalid"
 
@@ -253,6 +258,18 @@ def test_a_customer_has_at_most_255_bytes(letter: str) -> None:
             attributes = {"subject": name} if found == "subject" else {"data": {"account": name}}
             assert customer_of(found, **attributes) == expected
     assert LONGEST_CUSTOMER == 255
+
+
+def test_a_customer_that_is_escaped_letter_by_letter_is_the_same_customer() -> None:
+    """Encoders that write ASCII alone must not make somebody's usage a dead letter, or another customer's."""
+    assert customer_of(("account",), data={"account": "RAW"}, raw='"' + r"\u0061" * 255 + '"') == "a" * 255
+    assert customer_of(("account",), data={"account": "RAW"}, raw='"' + r"\u0061" * 256 + '"') == "customer_too_long"
+
+
+@pytest.mark.parametrize("raw", ["1e999", "-1e999", "1E400", "1e-400", "9" * 256, "9" * 5_000])
+def test_a_customer_that_is_no_usable_number_is_a_dead_letter(raw: str) -> None:
+    """A decoder that gives up on 1e999 must not stop the partition."""
+    assert customer_of(("account",), data={"account": "RAW"}, raw=raw) in {"customer_invalid", "customer_too_long"}
 
 
 def test_a_customer_that_is_made_of_brackets_is_a_dead_letter() -> None:
