@@ -1,14 +1,7 @@
 """Stage 1, one story for each rule: how usage would be lost, doubled or put into the wrong period without it."""
 
-import json
-from typing import Any
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from consumer.aggregate.aggregator import UnbalancedError, UnknownEntryError
-from consumer.storage import Log
 from consumer.totals import Destination
 from tests.unit.stage1 import (
     DAY,
@@ -24,7 +17,6 @@ from tests.unit.stage1 import (
     time_text,
     values,
 )
-from tests.unit.strategies import THOROUGH
 
 DEADLINE = T0 + 3 * MINUTE
 """Of the window that starts at T0."""
@@ -458,105 +450,7 @@ def test_a_changed_back_configuration_goes_on_where_it_was() -> None:
     assert values(stage.close_all()) == ["3"]
 
 
-# Dead letters
-
-
-def letter_of(value: bytes, **record: Any) -> Any:
-    stage = Stage1(rules())
-    stage.send(value, T0, **record)
-    stage.commit()
-    assert stage.entries[b"p"]
-    return stage.letters[0]
-
-
-def test_a_dead_letter_holds_all_that_is_needed_to_send_it_again() -> None:
-    """Its usage can still be billed: what is wrong with it is corrected, and everything else is as it was."""
-    value = event("1", n="many")
-    letter = letter_of(value, key=b"acme", headers=[("trace", b"\x00\xff"), ("empty", None)])
-    assert (letter.partition, letter.offset, letter.timestamp) == (0, 0, T0)
-    assert (letter.key, letter.headers, letter.value) == (b"acme", [("trace", b"\x00\xff"), ("empty", None)], value)
-    assert letter.reason == "value_not_a_number"
-    assert "many" in letter.detail
-
-
-@pytest.mark.parametrize(("size", "kept"), [(256 * 1024, True), (256 * 1024 + 1, False)])
-def test_a_dead_letter_above_256_kb_is_kept_by_reference(size: int, kept: bool) -> None:
-    """A commit that the broker refuses for its size would come back with every restart."""
-    assert (letter_of(b"x" * size, key=None).value is not None) is kept
-    large = b"x" * (size - 2)
-    for record in ({"key": large}, {"key": None, "headers": [("ce-a", large[4:])]}):
-        letter = letter_of(b"{}", **record)
-        assert (letter.value is not None) is (letter.key is not None or letter.headers is not None) is kept
-
-
-def test_what_is_said_about_a_dead_letter_is_short() -> None:
-    """It quotes the event, which may be of any size."""
-    for value in (event("1", "x" * 300_000), event("1", specversion="x" * 300_000), event("1", subject="x" * 300_000)):
-        letter = letter_of(value)
-        assert letter.value is None
-        assert len(letter.detail) <= 500
-
-
-HOSTILE = [
-    b"",
-    b"\x00",
-    b"\xff\xfe",
-    b"null",
-    b"[]",
-    b"{",
-    b'"text"',
-    b"[" * 5_000,
-    b"[" * 5_000 + b"]" * 5_000,
-    b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
-    event("1", n="RAW", raw="[" * 5_000 + "]" * 5_000),
-    event("1", n="RAW", raw="[" * 400 + "]" * 400),
-    event("1", n="RAW", raw="9" * 1_000),
-    event("1", n="RAW", raw="9" * 5_000),
-    event("1", n="RAW", raw="1e" + "9" * 1_000),
-    event("1", n="RAW", raw='"\\ud800"'),
-    event("1", subject="RAW", raw='"\\ud800"'),
-    event("1", "9999-99-99T99:99:99Z"),
-    event("1", "0000-01-01T00:00:00Z"),
-    event("1", id=5),
-    event("1", id=""),
-    event("1", type=...),
-    event("1").replace(b'{"n": 1}', b"[]"),
-]
-
-
-@pytest.mark.parametrize("customer", ["subject", ("account",)])
-@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
-def test_nothing_that_anybody_can_send_stops_the_partition(value: bytes, customer: Any) -> None:
-    """A crash on one record comes back with every restart: all usage behind it is lost until somebody skips it."""
-    stage = Stage1(rules(meter(customer=customer)))
-    stage.send(value, T0)
-    book = stage.aggregator.book
-    assert (book.consumed, book.counted, sum(book.dead.values())) == (1, 0, 1)
-    stage.send(event("good", data={"account": "acme"}), T0)
-    assert book.counted == 1
-    stage.commit()
-    assert len(stage.letters) == 1
-    stage.crash()
-
-
-JSON_TEXTS = st.one_of(
-    st.text("0123456789+-.eE", max_size=12),
-    st.builds("{}e{}".format, st.integers(-99, 99), st.integers(-(10**25), 10**25)),
-    st.recursive(st.text() | st.integers() | st.floats() | st.booleans() | st.none(), st.lists).map(json.dumps),
-    st.text(r"\\\"ud8cefF0{}[],:tn ", max_size=14).map(lambda text: f'"{text}"'),
-    st.sampled_from(["", "{}", "[", "NaN", "-Infinity", '"\\udfff"', "\x00", "tru", "9" * 400]),
-)
-
-
-@THOROUGH
-@given(JSON_TEXTS, st.sampled_from(["account", "model", "n"]))
-def test_no_json_in_any_place_that_is_read_stops_the_partition(raw: str, place: str) -> None:
-    filtered = meter(customer=("account",), where=((("model",), ("x", 1, True)),))
-    stage = Stage1(rules(filtered, meter("other", customer=("account",), value=("model",))))
-    stage.send(event("1", data={"account": "acme", "model": "x"} | {place: "RAW"}, raw=raw), T0)
-    stage.commit()
-    stage.crash()
-    assert stage.aggregator.book.consumed == 1
+# Records that are no events of ours
 
 
 def test_tombstones_are_ignored_and_move_the_clock() -> None:
@@ -575,129 +469,3 @@ def test_unkeyed_records_count_and_are_counted() -> None:
     stage.send(event("2"), T0, key=b"")
     assert stage.aggregator.book.unkeyed == 1
     assert stage.billed == "2"
-
-
-# Commits
-
-
-def test_a_commit_closes_at_most_10_000_totals_and_the_rest_follows() -> None:
-    """A backlog's many windows would make a transaction that the broker times out, for ever."""
-    stage = Stage1(rules())
-    for number in range(25_000):
-        stage.write(event(str(number), subject=f"customer-{number:05}"), T0)
-    stage.read()
-    stage.commit()
-    stage.aggregator.advance(after(DEADLINE))
-    closed = []
-    while stage.aggregator.changed:
-        before = len(stage.totals)
-        stage.commit()
-        closed.append(len(stage.totals) - before)
-        stage.crash()
-    assert closed == [10_000, 10_000, 5_000]
-    customers = [total.customer for total in stage.totals]
-    assert customers == sorted(customers)
-    assert len(set(customers)) == 25_000
-
-
-def test_what_is_not_committed_is_read_again_and_counts_once() -> None:
-    stage = Stage1(rules())
-    stage.send(event("1", n=1), T0)
-    stage.commit()
-    stage.send(event("2", n=2), T0)
-    stage.crash()
-    assert stage.aggregator.offset == 1
-    stage.read()
-    assert values(stage.close_all()) == ["3"]
-
-
-def test_an_untouched_partition_has_nothing_to_commit() -> None:
-    stage = Stage1(rules())
-    changed = [stage.aggregator.changed]
-    for act in (lambda: stage.send(None, T0), stage.commit, stage.crash):
-        act()
-        changed.append(stage.aggregator.changed)
-    assert changed == [False, True, False, False]
-
-
-def test_totals_are_keyed_by_customer_and_the_rest_by_partition() -> None:
-    """So that one reader of the totals log has all of a customer's, and sends them one after the other."""
-    stage = Stage1(rules())
-    stage.send(event("1", subject="ü"), T0)
-    stage.send(b"{", T0)
-    stage.aggregator.advance(T0 + HOUR)
-    appends = stage.commit().appends
-    assert sorted((append.log, append.key) for append in appends) == [
-        (Log.DEAD_LETTERS, b"0"),
-        (Log.TOTALS, b"0"),
-        (Log.TOTALS, "ü".encode()),
-    ]
-
-
-def test_only_what_changed_is_written() -> None:
-    """Writing all open windows with every commit would cost more than counting."""
-    stage = Stage1(rules())
-    for number in range(50):
-        stage.send(event(str(number), subject=f"customer-{number}"), T0)
-    stage.commit()
-    stage.send(event("again", subject="customer-7"), T0)
-    puts = stage.commit().puts
-    assert [key for key in puts if key[:1] in b"rb"] == [key for key in puts if key.endswith(b"customer-7")]
-
-
-def test_what_is_open_is_told() -> None:
-    stage = Stage1(rules())
-    for number in range(6):
-        stage.send(event(str(number), T0 + number % 2 * MINUTE, subject=f"customer-{number % 3}"), T0 + MINUTE)
-    for _ in range(2):
-        aggregator = stage.aggregator
-        assert (aggregator.open_keys, aggregator.open_buckets, aggregator.remembered) == (6, 2, 6)
-        assert aggregator.next_close == after(DEADLINE)
-        assert not aggregator.closes_by(after(DEADLINE) - 1)
-        assert aggregator.closes_by(after(DEADLINE))
-        stage.commit()
-        stage.crash()
-    stage.close_all()
-    assert (stage.aggregator.open_keys, stage.aggregator.open_buckets) == (0, 0)
-
-
-# A state that is not whole
-
-
-@pytest.mark.parametrize("kind", [b"b", b"r", b"m"])
-def test_a_state_with_an_entry_missing_is_refused(kind: bytes) -> None:
-    """Going on without it would bill less than was used, and nobody would know."""
-    stage = Stage1(rules())
-    stage.send(event("1", n=5), T0)
-    stage.commit()
-    stage.entries = {key: value for key, value in stage.entries.items() if key[:1] != kind}
-    with pytest.raises(UnbalancedError, match=r"partition 0.*tokens"):
-        stage.crash()
-
-
-def test_a_state_with_wrong_books_is_refused() -> None:
-    stage = Stage1(rules())
-    stage.send(event("1"), T0)
-    stage.commit()
-    stage.entries[b"p"] = stage.entries[b"p"].replace(b'"consumed":1', b'"consumed":2')
-    with pytest.raises(UnbalancedError, match="records read"):
-        stage.crash()
-
-
-def test_a_state_of_something_newer_is_refused() -> None:
-    stage = Stage1(rules())
-    stage.entries[b"zebra"] = b""
-    with pytest.raises(UnknownEntryError, match="unknown kind"):
-        stage.crash()
-
-
-def test_books_hold_values_of_any_size() -> None:
-    """Sums are in units of 10⁻¹² and outgrow 64 bits after eighteen million tokens."""
-    stage = Stage1(rules())
-    for number in range(50):
-        stage.send(event(str(number), n=999_999_999_999_999), T0)
-    stage.commit()
-    stage.crash()
-    assert values(stage.close_all()) == ["49999999999999950"]
-    stage.crash()
-    assert stage.billed == "49999999999999950"
