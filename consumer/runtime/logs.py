@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Final, TextIO
+from typing import Final
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -12,13 +12,12 @@ from consumer import credentials
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 
-def configure(level: str, stream: TextIO | None = None) -> None:
-    """Log from this level on, to stderr unless another stream is given; what libraries log comes through as well."""
-    stream = stream or sys.stderr
+def configure(level: str) -> None:
+    """Log from this level on, to stderr; what libraries log comes through as well."""
     threshold = logging.getLevelNamesMapping()[level.upper()]
     render: list[Processor] = (
         [structlog.dev.ConsoleRenderer()]
-        if stream.isatty()
+        if sys.stderr.isatty()
         else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
@@ -29,11 +28,13 @@ def configure(level: str, stream: TextIO | None = None) -> None:
             _without_secrets,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
     # Libraries warn here of what is wrong; what they are doing otherwise is their own business.
-    logging.basicConfig(handlers=[_ToStructlog()], level=max(threshold, logging.WARNING), force=True)
+    root = logging.getLogger()
+    root.handlers = [*(each for each in root.handlers if not isinstance(each, _ToStructlog)), _ToStructlog()]
+    root.setLevel(max(threshold, logging.WARNING))
 
 
 def _without_secrets(_logger: WrappedLogger, _method: str, line: EventDict) -> str:
