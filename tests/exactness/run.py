@@ -54,6 +54,7 @@ class Report:
     counting_seconds: float
     bytes_per_event: float
     kills: tuple[int, int]
+    """While stage 1 had records to count, and while stage 2 had totals to send."""
     totals: int
     answers: Counter[str]
     peak_rss_mb: float
@@ -119,7 +120,7 @@ def prove(kafka: Kafka, scenario: Scenario, folder: Path, say: Callable[[str], N
         seconds=seconds,
         counting_seconds=counting_seconds,
         bytes_per_event=size / scenario.events,
-        kills=(counting, sending),
+        kills=(sum(at < scenario.events for at in watch.consumed), sum(at < watch.totals for at in watch.accepted)),
         totals=watch.totals,
         answers=answers(stats),
         peak_rss_mb=service.peak_rss_kb / 1024,
@@ -138,17 +139,23 @@ class Watch:
         self._last: Metrics | None = None
         self.totals = 0
         """Made by stage 1, as of the last look."""
+        self.consumed: list[int] = []
+        """Records, at each of the kills that wait for them."""
+        self.accepted: list[int] = []
+        """Meter Events, at each of the kills that wait for those."""
 
     def kill_when_consumed(self, records: int) -> None:
         """Kill once so many records are read, at some moment between one commit and the next."""
         wait_until(lambda: self._consumed() >= records, self._consumed, "counting")
         time.sleep(self._chance.random())
-        self._kill(f"{self._consumed()} records consumed")
+        self.consumed.append(self._consumed())
+        self._kill(f"{self.consumed[-1]} records consumed")
 
     def kill_when_accepted(self, events: int) -> None:
         """Kill once Stripe has taken so many Meter Events."""
-        wait_until(lambda: self._stripe.accepted >= events, lambda: self._stripe.accepted, "sending")
-        self._kill(f"{self._stripe.accepted} Meter Events accepted")
+        wait_until(lambda: self._accepted() >= events, self._accepted, "sending")
+        self.accepted.append(self._accepted())
+        self._kill(f"{self.accepted[-1]} Meter Events accepted")
 
     def until_finished(self, records: int) -> None:
         """Wait until all records are read and nothing of them is open or pending."""
@@ -165,6 +172,10 @@ class Watch:
     def _consumed(self) -> int:
         seen = self._look()
         return seen.consumed if seen else 0
+
+    def _accepted(self) -> int:
+        self._look()  # which finds out whether the service is still there
+        return self._stripe.accepted
 
     def _unfinished(self) -> int:
         seen = self._look()

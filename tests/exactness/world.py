@@ -84,10 +84,16 @@ class Metrics:
         return int(self.sum("tallyman_consumed_total"))
 
     @property
+    def open(self) -> int:
+        """Events counted that are in no total yet, as committed."""
+        return int(self.sum("tallyman_counted_events_total") - self.sum("tallyman_closed_events_total"))
+
+    @property
     def unfinished(self) -> int:
-        """Totals that are made and not finished, and customers in open windows, who are totals to be made."""
-        waiting = sum(int(self.sum("tallyman_totals", f'state="{s}"')) for s in ("pending", "unread", "parked"))
-        return waiting + int(self.sum("tallyman_open_keys"))
+        """Events in open windows, and totals that are made and not finished."""
+        return self.open + sum(
+            int(self.sum("tallyman_totals", f'state="{s}"')) for s in ("pending", "unread", "parked")
+        )
 
 
 class Service:
