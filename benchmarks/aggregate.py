@@ -4,7 +4,7 @@
 and reads it in turn with each candidate, a process of its own each time, held on one core; the broker has the others.
 
     consume   consume(500) and value() of each record
-    decode    the same, and one typed msgspec decode of the members that the meter needs
+    decode    the same, and one typed decode of the members that the meter needs
     stage 1   the service's intake with its store: decode, duplicates, windows, exact sums, commits every five seconds
 
 Reported are medians of interleaved rounds. Times run from the first to the last record.
@@ -24,11 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from consumer.aggregate.aggregator import Aggregator, Rules
 from consumer.aggregate.meters import Meter
 from consumer.aggregate.meters import Source as Identity
+from consumer.events import Decoder
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.intake import BATCH, BATCH_S, Intake
 from consumer.runtime.source import Source
@@ -86,30 +85,13 @@ def events(number: int, end: int) -> Iterator[Message]:
         yield message
 
 
-class _Tokens(msgspec.Struct, gc=False):
-    total: msgspec.Raw
-
-
-class _Data(msgspec.Struct, gc=False):
-    tokens: _Tokens
-
-
-class _Event(msgspec.Struct, gc=False):
-    id: str
-    source: str
-    type: str
-    time: str
-    subject: str
-    data: _Data
-
-
 def ceiling(servers: str, number: int, *, decode: bool) -> dict[str, float]:
     """The client alone, or with a typed decode."""
     from confluent_kafka import TopicPartition  # noqa: PLC0415 - only the children need it
 
     consumer = Source({"bootstrap.servers": servers}, TOPIC, "ceiling").consumer()
     consumer.assign([TopicPartition(TOPIC, p, 0) for p in range(PARTITIONS)])
-    decoder = msgspec.json.Decoder(_Event)
+    typed = Decoder({("tokens", "total")}, {"subject"}).typed
     seen = 0
     stopwatch = None
     while seen < number:
@@ -121,7 +103,7 @@ def ceiling(servers: str, number: int, *, decode: bool) -> dict[str, float]:
                 continue
             value = message.value()
             if decode and value is not None:
-                decoder.decode(value)
+                typed(value)
             seen += 1
     return (stopwatch or Stopwatch()).read()
 

@@ -22,7 +22,7 @@ from consumer.aggregate.counting import FUTURE, Counting, read_by_all
 from consumer.aggregate.duplicates import Chunk, Name, Remembered
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.aggregate.meters import Meter, Source, identifier
-from consumer.aggregate.readers import Uncountable, paths_of
+from consumer.aggregate.readers import SURELY_SHORT, Uncountable, paths_of
 from consumer.deadletters import LARGEST_VALUE, DeadLetter
 from consumer.events import Decoder, Event, Headers, Malformed, parse_time
 from consumer.storage import Append, Changes, Log
@@ -116,7 +116,7 @@ class Aggregator:
         typed, only, seconds, rests = self._decoder.typed, self._only, events.SECONDS, events.RESTS
         seen, fresh = remembered.seen, remembered.fresh
         arrival, interval = book.arrival, remembered.interval
-        earliest = max(self._bill_from, arrival - self._accept_late)
+        earliest, latest = max(self._bill_from, arrival - self._accept_late), arrival + FUTURE
         taken = counted = 0
         for record in records:
             offset, (stamp_type, stamp), key, headers, value = record
@@ -124,11 +124,11 @@ class Aggregator:
                 if stamp <= ahead:
                     self._arrived(stamp)
                     arrival, interval = stamp, remembered.interval
-                    earliest = max(self._bill_from, arrival - self._accept_late)
+                    earliest, latest = max(self._bill_from, arrival - self._accept_late), arrival + FUTURE
                 elif stamp_type == LOG_APPEND_TIME:
                     break
             taken += 1
-            if stamp <= arrival and value is not None and not headers and key is not None and value.isascii():
+            if not headers and key is not None and value is not None and stamp <= arrival and value.isascii():
                 try:
                     event = typed(value)
                     meter = only[event.type]
@@ -136,12 +136,15 @@ class Aggregator:
                     at = seconds[time[:19]] + rests[time[19:]] if len(time) <= _USUAL_TIME else parse_time(time)
                     source = event.source
                     digest = xxh64_intdigest(f"{len(source)}:{source}{event.id}".encode())
-                    plain = digest not in seen and earliest <= at <= arrival + FUTURE
+                    customer = meter.named(event)
+                    plain = (
+                        customer and len(customer) <= SURELY_SHORT and earliest <= at <= latest and digest not in seen
+                    )
                     if plain:
-                        customer, quantity = meter.customer(event), meter.quantity(event)
+                        quantity = meter.quantity(event)
                 except _NOT_PLAIN:
                     plain = False
-                if plain:
+                if plain and customer:
                     counted += 1
                     seen[digest] = interval
                     fresh.append(digest)

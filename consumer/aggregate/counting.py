@@ -6,7 +6,7 @@ from typing import Final
 from consumer.aggregate.buckets import CHANGED, NEW, SAVED, Bucket, Buckets, Header
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.aggregate.meters import Meter
-from consumer.aggregate.readers import Uncountable, customer_reader, filter_of, quantity_reader
+from consumer.aggregate.readers import Uncountable, customer_getter, customer_reader, filter_of, quantity_reader
 from consumer.aggregate.windows import HOUR, MINUTE, due, revision_at
 from consumer.events import Decoder, Event
 
@@ -18,8 +18,8 @@ class Counting:
     """One meter, compiled; its buckets and books are the partition's."""
 
     __slots__ = (
-        "_accept_late", "_book", "_buckets", "_edition", "_grace", "_meter", "_on_time", "_partition",
-        "_settle", "_size", "customer", "matches", "quantity",
+        "_accept_late", "_book", "_buckets", "_customer", "_edition", "_grace", "_meter", "_on_time", "_partition",
+        "_settle", "_size", "matches", "named", "quantity",
     )  # fmt: skip
 
     def __init__(
@@ -37,7 +37,8 @@ class Counting:
             book.rounded += 1
 
         self.matches = filter_of(meter, decoder)
-        self.customer = customer_reader(meter, decoder)
+        self.named = customer_getter(meter, decoder)
+        self._customer = customer_reader(meter, decoder)
         self.quantity = quantity_reader(meter, decoder, rounded)
         self._meter = meter
         self._edition = edition
@@ -59,7 +60,7 @@ class Counting:
             raise Uncountable("late", f"it arrived {age / HOUR:.1f} h after its event time, beyond accept_late")
         if age < -FUTURE:
             raise Uncountable("future", f"its event time is {-age / MINUTE:.0f} minutes after its arrival")
-        return self.customer(event), self.quantity(event)
+        return self._customer(event), self.quantity(event)
 
     @property
     def rounded(self) -> int:

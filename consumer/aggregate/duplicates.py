@@ -107,10 +107,13 @@ class Remembered:
             return
         chunks = self._chunks.setdefault(self.interval, [array("Q")])
         self._unsaved.setdefault(self.interval, len(chunks) - 1)
-        for digest in self.fresh:
-            if len(chunks[-1]) == IDS_PER_CHUNK:
+        digests = array("Q", self.fresh)
+        while digests:
+            room = IDS_PER_CHUNK - len(chunks[-1])
+            chunks[-1].extend(digests[:room])
+            digests = digests[room:]
+            if digests:
                 chunks.append(array("Q"))
-            chunks[-1].append(digest)
         self.fresh.clear()
 
     def _forget(self, interval: int) -> None:

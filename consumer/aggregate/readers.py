@@ -17,7 +17,7 @@ LONGEST_CUSTOMER: Final = 255
 
 _LONGEST_WRITTEN_CUSTOMER: Final = 6 * LONGEST_CUSTOMER + 2
 """Bytes of its JSON text, if all of it is escaped."""
-_SURELY_SHORT: Final = LONGEST_CUSTOMER // 4
+SURELY_SHORT: Final = LONGEST_CUSTOMER // 4
 """Characters that are no more than the longest customer's bytes, whatever they are."""
 
 _CACHED: Final = 50_000
@@ -53,6 +53,13 @@ def filter_of(meter: Meter, decoder: Decoder) -> Callable[[Event], bool] | None:
     if not conditions:
         return None
     return lambda event: all(holds(event) for holds in conditions)
+
+
+def customer_getter(meter: Meter, decoder: Decoder) -> Callable[[Event], str | None]:
+    """What names the customer, unjudged; raises ``Uncountable`` where it is not even text."""
+    if isinstance(meter.customer, str):
+        return decoder.attribute(meter.customer)
+    return _customer_at(decoder.raw(meter.customer), meter)
 
 
 def customer_reader(meter: Meter, decoder: Decoder) -> Callable[[Event], str]:
@@ -108,7 +115,7 @@ def _customer_attribute(get: Callable[[Event], str | None], name: str) -> Callab
         found = get(event)
         if not found:
             raise Uncountable("customer_missing", f"the attribute {name}, which names the customer, is absent")
-        if len(found) > _SURELY_SHORT and len(found.encode()) > LONGEST_CUSTOMER:
+        if len(found) > SURELY_SHORT and len(found.encode()) > LONGEST_CUSTOMER:
             raise Uncountable(
                 "customer_too_long", f"the customer is longer than {LONGEST_CUSTOMER} bytes: {found[:60]}…"
             )
