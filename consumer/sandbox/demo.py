@@ -48,7 +48,7 @@ from consumer.storage.sqlite import SqliteStore
 EVENTS: Final = 60_000
 FEWEST: Final = 1_000
 MOST: Final = 150_000
-"""The embedded broker drops what is beyond 5 MiB a partition, silently."""
+"""Beyond 5 MiB a partition the embedded broker drops records, silently; so many events have been seen to fit."""
 
 TOPIC: Final = "usage-events"
 MINUTES: Final = 60
@@ -256,10 +256,10 @@ def answers(stripe: StripeStandIn) -> dict[str, int]:
     stats = stripe.model.stats
     return {
         "taken": stats["accepted"],
-        "429": stats["rate_limited"] + stats["lock_timeout"],
-        "500": stats["error"],
-        "no answer": stats[f"fault_{Fault.LOSE}"] + stats[f"fault_{Fault.ACCEPT_LOSE}"],
-        "had it already": stats["duplicate"] + stats["replayed"],
+        "told 429": stats["rate_limited"] + stats["lock_timeout"],
+        "told 500": stats["error"],
+        "not answered": stats[f"fault_{Fault.LOSE}"] + stats[f"fault_{Fault.ACCEPT_LOSE}"],
+        "known already": stats["duplicate"] + stats["replayed"],
     }
 
 
@@ -354,7 +354,7 @@ def _conclude(screen: Screen, demo: Demo, stripe: StripeStandIn, lines: dict[tup
     requests = stripe.faults.meter_events
     screen.say(f"\nWhat Stripe bills is what was produced, in each of {minutes:,} customer-minutes.\n", "bold green")
     screen.point(
-        f"The service was killed {' and '.join(demo.kills)}. It went on from its last commit: nothing was lost, "
+        f"The service was killed {', and '.join(demo.kills)}. It went on from its last commit: nothing was lost, "
         "nothing was counted or billed twice."
     )
     screen.point(
@@ -366,23 +366,23 @@ def _conclude(screen: Screen, demo: Demo, stripe: StripeStandIn, lines: dict[tup
         f"and are kept as dead letters: {_reasons(demo.database)}."
     )
     screen.point(
-        f"Stripe took {heard['taken']:,} totals in {requests:,} requests: to {heard['429']:,} it said 429, to "
-        f"{heard['500']:,} it said 500, and {heard['no answer']:,} got no answer."
+        f"Stripe took {heard['taken']:,} totals in {requests:,} requests: to {heard['told 429']:,} it said 429, to "
+        f"{heard['told 500']:,} it said 500, and {heard['not answered']:,} got no answer."
     )
     screen.point(
-        f"{heard['had it already']:,} requests were about a total that Stripe had, without the service knowing: "
+        f"{heard['known already']:,} requests were about a total that Stripe had, without the service knowing: "
         f"{stats['duplicate']:,} were refused as duplicates, {stats['replayed']:,} got the first answer again. "
         "Neither bills anything."
     )
     tallyman = sys.argv[0] if Path(sys.argv[0]).name == "tallyman" else "tallyman"
     screen.say("\nWhere to go next", "bold")
     for command, what in (
-        ("demo --seed 2", "the same with other traffic"),
-        ("check -c config/tallyman.yaml", "everything that can be wrong, before it is"),
-        ("setup -c config/tallyman.yaml", "meter, price and customer in a Stripe test account"),
-        ("run -c config/tallyman.yaml", "the service, on your Kafka and your Stripe account"),
+        ("check -c config/tallyman.yaml", "what would keep it from running on your Kafka, before it does"),
+        ("produce -c config/tallyman.yaml", "sample events for your topic"),
+        ("run -c config/tallyman.yaml", "the service; a Stripe test key comes from STRIPE_SECRET_KEY"),
+        ("totals -c config/tallyman.yaml", "what was or will be billed"),
     ):
-        screen.say(f"  {tallyman} {command:<32} {what}")
+        screen.say(f"  {tallyman} {command:<33} {what}")
 
 
 def _opened(database: Path) -> AbstractContextManager[SqliteStore]:

@@ -103,7 +103,7 @@ def table(expected: Expected, lines: Mapping[tuple[str, str], Line]) -> Table:
     """What was produced and what is billed, per customer."""
     shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     shown.add_column("customer", no_wrap=True)
-    for name in ("events", "duplicates", "late", "malformed"):
+    for name in ("events", "repeated", "late", "broken"):
         shown.add_column(name, justify="right", overflow="fold")
     shown.add_column("meter", no_wrap=True)
     for name in ("expected", "billed", "difference"):
