@@ -377,9 +377,9 @@ def _conclude(screen: Screen, demo: Demo, stripe: StripeStandIn, lines: dict[tup
     tallyman = sys.argv[0] if Path(sys.argv[0]).name == "tallyman" else "tallyman"
     screen.say("\nWhere to go next", "bold")
     for command, what in (
-        ("check -c config/tallyman.yaml", "what would keep it from running on your Kafka, before it does"),
+        ("check -c config/tallyman.yaml", "what would keep it from running, before it does"),
         ("produce -c config/tallyman.yaml", "sample events for your topic"),
-        ("run -c config/tallyman.yaml", "the service; a Stripe test key comes from STRIPE_SECRET_KEY"),
+        ("run -c config/tallyman.yaml", "the service, with a Stripe key in STRIPE_SECRET_KEY"),
         ("totals -c config/tallyman.yaml", "what was or will be billed"),
     ):
         screen.say(f"  {tallyman} {command:<33} {what}")
