@@ -309,6 +309,9 @@ def reset(
     show.given_up(old)
     if not yes:
         typer.confirm(f"Start {given.pipeline} over, and bill events from {shown(bill_from)} on?", abort=True)
+        # The service may have run while the question stood.
+        old = resetting.look(given, path, CLOCK)
+        resetting.judge(old, bill_from, CLOCK.now(), read_before=read_before, newest_unknown=newest_total_unknown)
     archive = resetting.reset(given, path, source, topic, bill_from=bill_from, clock=CLOCK)
     if archive is not None:
         typer.echo(f"The state that there was is in {archive}.")

@@ -64,7 +64,11 @@ def letters_list(
 
 
 @app.command("show")
-def letters_show(number: int, config: ConfigFile = DEFAULT, as_json: Json = False) -> None:
+def letters_show(
+    number: Annotated[int, typer.Argument(help="As `tallyman dead-letters list` numbers it.")],
+    config: ConfigFile = DEFAULT,
+    as_json: Json = False,
+) -> None:
     """Show one dead letter whole: the reason, the record's key and headers, and the event.
 
     Example: `tallyman dead-letters show 17`

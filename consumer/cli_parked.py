@@ -72,7 +72,11 @@ def parked_list(
 
 
 @app.command("show")
-def parked_show(identifier: str, config: ConfigFile = DEFAULT, as_json: Json = False) -> None:
+def parked_show(
+    identifier: Annotated[str, typer.Argument(help="As `tallyman parked list` names it.")],
+    config: ConfigFile = DEFAULT,
+    as_json: Json = False,
+) -> None:
     """Show all that is known of one parked total, and what can be done about it.
 
     Example: `tallyman parked show tm1-20261101T1200Z-1m-r0-0d6f…`
@@ -193,8 +197,7 @@ def _decide(
         became = audit.follow(
             store, identifiers, below=below, outcomes_from=outcomes_from, patience_s=wait if running else 0
         )
-    for identifier in identifiers:
-        typer.echo(f"{identifier}: {show.became(became.get(identifier))}")
+    show.decided({identifier: became.get(identifier) for identifier in identifiers})
     if len(became) < len(identifiers):
         later = "the service has not come to it yet" if running else "no service is running"
         typer.echo(f"{later}: the decision is in the log, and is applied as soon as a service reads it")

@@ -2,7 +2,8 @@
 
 import base64
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
@@ -26,6 +27,9 @@ T = TypeVar("T")
 _WIDE: Final = 250
 """Columns where nobody looks at a terminal: identifiers are not broken."""
 
+_EACH: Final = 50
+"""So many decisions are answered one by one."""
+
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 _CURES: Final = {
@@ -45,12 +49,15 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, whole: s
         table.add_column(name, overflow="fold", no_wrap=name == whole and not sys.stdout.isatty())
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(_clean(cell)) for cell in row))
+    if not table.row_count:
+        typer.echo("none")
+        return
     Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False).print(table)
 
 
 def json_line(found: object) -> None:
     """One JSON object on a line of its own."""
-    typer.echo(msgspec.json.encode(found).decode())
+    sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
 
 
 def more(number: int) -> None:
@@ -192,8 +199,17 @@ def parked_whole(entry: Entry) -> None:
         typer.echo(f"What to do: {_CURES[entry.reason]}.")
 
 
-def became(line: Line | None) -> str:
-    """What became of a total that somebody decided about."""
+def decided(lines: Mapping[str, Line | None]) -> None:
+    """What became of totals that somebody decided about: of each, or of many by their number."""
+    if len(lines) <= _EACH:
+        for identifier, line in lines.items():
+            typer.echo(f"{identifier}: {_became(line)}")
+    else:
+        for what, number in Counter(line.state if line else _became(None) for line in lines.values()).items():
+            typer.echo(f"{number} {what}")
+
+
+def _became(line: Line | None) -> str:
     if line is None:
         return "not applied yet"
     if line.state is Standing.PENDING:

@@ -113,7 +113,7 @@ def read(store: SqliteStore, log: Log, after: int = 0, below: int | None = None)
 
 def lines(store: SqliteStore, wanted: Wanted) -> Iterator[Line]:
     """The totals that are wanted, each once: what is finished in the order in which it was, then the others."""
-    end, below, entries = _moment(store)
+    end, unread, entries = _moment(store)
     if not wanted.states or wanted.states - UNFINISHED:
         for each in read(store, Log.OUTCOMES, below=end):
             line = _finished(decode_outcome(each.value))
@@ -126,7 +126,7 @@ def lines(store: SqliteStore, wanted: Wanted) -> Iterator[Line]:
         line = _line(entry.total, entry)
         if line in wanted:
             yield line
-    for each in read(store, Log.TOTALS, below - 1):
+    for each in read(store, Log.TOTALS, unread - 1, store.end(Log.TOTALS)):
         record = totals.decode(each.value)
         if isinstance(record, Total) and (line := _line(record)) in wanted:
             yield line

@@ -87,8 +87,12 @@ class Wanted:
 
 
 def letters(store: SqliteStore, wanted: Wanted) -> Iterator[Letter]:
-    """The letters that are wanted, the oldest first."""
-    return (letter for each in audit.read(store, Log.DEAD_LETTERS) if (letter := opened(each)) in wanted)
+    """The letters that are wanted, the oldest first.
+
+    Only those that are there now: what is redriven and dies again is a new letter, and would never come to an end.
+    """
+    there = audit.read(store, Log.DEAD_LETTERS, below=store.end(Log.DEAD_LETTERS))
+    return (letter for each in there if (letter := opened(each)) in wanted)
 
 
 def opened(record: Logged) -> Letter:

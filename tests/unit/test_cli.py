@@ -402,6 +402,10 @@ def test_a_limit_says_how_many_more_there_are_beside_the_answer(busy: Place) -> 
     assert result.stderr == "and 5 more: raise --limit, or ask for less\n"
 
 
+def test_a_table_of_nothing_says_so(busy: Place) -> None:
+    assert busy.tallyman("totals", "--customer", "somebody").stdout == "none\n"
+
+
 def test_all_totals_are_streamed_as_lines_of_json(busy: Place) -> None:
     assert len(json_lines(busy.tallyman("totals", "--json", "--limit", "0"))) == 8
 
@@ -536,6 +540,15 @@ def test_a_selection_is_shown_and_confirmed_and_leaves_out_what_may_be_at_stripe
 
     assert doubtful.tallyman("parked", "release", "--meter", "tokens", "--yes").exit_code == 0
     assert {each.identifier for each in doubtful.commands()} == {"tm1-4-gone", "tm1-5-nobody"}
+
+
+def test_many_decisions_are_answered_by_their_number(place: Place) -> None:
+    place.close(*(total(number, "nobody") for number in range(60)))
+    place.deliver(heard, known={})
+
+    result = place.tallyman("parked", "release", "--reason", "unmapped", "--yes")
+
+    assert result.stdout.startswith("60 not applied yet\n")
 
 
 @contextmanager
