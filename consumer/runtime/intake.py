@@ -92,13 +92,13 @@ class Intake:
         self._tell_committed = committed
         self._broker_witness: Reading | None = None
         self._consumer: Consumer = source.consumer()
-        self._committed_at = self._looked_at = clock.elapsed()
+        self._committed_at = self._looked_at = self._heard_at = clock.elapsed()
         self._draining = False
         """Whether the last commit left windows to close, more than one commit may."""
         self.partitions: dict[int, Partition] = {}
         self.committed: dict[int, Committed] = {}
         self.kafka_silent_since: int | None = None
-        """The time of day since which Kafka has not been reached; None while it is."""
+        """The time of day since which Kafka has not answered; None while it does."""
         self.turned = clock.elapsed()
         """When the loop last went round, by the monotonic clock."""
         self.last_commit: tuple[int, float] | None = None
@@ -117,6 +117,8 @@ class Intake:
         self._consumer.assign(taken)
         # A partition that was paused when it was last ours would stay so, and starve in silence.
         self._consumer.resume(taken)
+        # Kafka forgets the offsets of a group that commits nothing for a week.
+        self._bear_witness({number: each.offset for number, each in aggregators.items()})
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Go round until ``stopping``, then commit once more.
@@ -136,14 +138,13 @@ class Intake:
     def _turn(self) -> None:
         messages = self._consumer.consume(BATCH, BATCH_S)
         now, elapsed = self._clock.now(), self._clock.elapsed()
-        if messages:
-            for number, records in self._sorted(messages).items():
-                self._take(number, records, now, elapsed)
+        for number, records in self._sorted(messages).items():
+            self._heard_at = elapsed
+            self._take(number, records, now, elapsed)
             self._check_limit()
         if elapsed - self._looked_at >= LOOK_AGAIN_MS:
             self._looked_at = elapsed
             self._release_held(now, elapsed)
-            self._advance_quiet()
             self._look_at_ends()
         if self._commit_is_due(elapsed):
             self._commit()
@@ -197,45 +198,54 @@ class Intake:
                 if not partition.held:
                     self._consumer.resume([TopicPartition(self._source.topic, number)])
 
-    def _advance_quiet(self) -> None:
-        """Let the clock of a partition on which nothing comes move on, where its whole log has been read."""
-        now, elapsed = (
-            self._clock.now(),
-            self._clock.elapsed(),
-        )  # before the end is asked for: what comes later is later
-        waiting = {
+    def _look_at_ends(self) -> None:
+        """Let the clock of a partition on which nothing comes move on, where its whole log has been read.
+
+        The client says nothing of an outage: that Kafka is there is known by what it sends, or by asking.
+        """
+        # Before the ends are asked for: what is appended later has arrived later.
+        now, elapsed = self._clock.now(), self._clock.elapsed()
+        quiet = {
             number: partition
             for number, partition in self.partitions.items()
             if not partition.held and partition.aggregator.closes_by(now)
         }
-        if not waiting:
-            return
-        try:
-            ends = self._source.ends(waiting, END_S)
-        except SourceError as failed:
-            log.warning("end_unknown", reason=str(failed))
-            return
+        if quiet or self.kafka_silent_since is not None or elapsed - self._heard_at >= LOOK_AGAIN_MS:
+            ends = self._asked_ends(now)
+        else:
+            ends = self._fetched_ends()
+        for number, end in ends.items():
+            self.partitions[number].end = end
         witness = _later(self._broker_witness, self._outside_witness(), elapsed)
-        for number, partition in waiting.items():
+        for number in quiet.keys() & ends.keys():
+            partition = self.partitions[number]
             limit = partition.quiet.limit(now, elapsed, witness)
             if ends[number] <= partition.read_to and partition.aggregator.closes_by(limit):
                 partition.aggregator.advance(limit)
 
-    def _look_at_ends(self) -> None:
-        for number, partition in self.partitions.items():
-            _, end = self._consumer.get_watermark_offsets(TopicPartition(self._source.topic, number), cached=True)
-            if end >= 0:
-                partition.end = end
+    def _asked_ends(self, now: int) -> dict[int, int]:
+        try:
+            ends = self._source.ends(self.partitions, END_S)
+        except SourceError as failed:
+            if self.kafka_silent_since is None:
+                self.kafka_silent_since = now
+                log.warning("kafka_silent", reason=str(failed))
+            return {}
         if self.kafka_silent_since is not None:
-            try:
-                self._source.ends([0], END_S)
-            except SourceError:
-                return
             self.kafka_silent_since = None
+            log.info("kafka_answers")
+        return ends
+
+    def _fetched_ends(self) -> dict[int, int]:
+        asked = {number: TopicPartition(self._source.topic, number) for number in self.partitions}
+        found = {number: self._consumer.get_watermark_offsets(each, cached=True) for number, each in asked.items()}
+        return {number: end for number, (_, end) in found.items() if end >= 0}
 
     def _check_limit(self) -> None:
-        keys = sum(partition.aggregator.open_keys for partition in self.partitions.values())
-        if keys > self._open_keys:
+        while (keys := sum(partition.aggregator.open_keys for partition in self.partitions.values())) > self._open_keys:
+            if any(partition.aggregator.closing for partition in self.partitions.values()):
+                self._commit()
+                continue
             raise IntakeStopped(
                 f"{keys} customers in open buckets are more than limits.open_keys allows ({self._open_keys}). Nothing "
                 "is lost. Raise it and the memory (about 500 bytes each), choose smaller windows or less lateness, "
@@ -291,8 +301,6 @@ class Intake:
                 partition.read_to = max(partition.read_to, offset)
         elif error.name() in _PASSING or (error.retriable() and not error.fatal()):
             log.warning("kafka_error", error=error.name(), reason=error.str())
-            if error.name() == "_ALL_BROKERS_DOWN":
-                self.kafka_silent_since = self.kafka_silent_since or self._clock.now()
         elif error.name() in {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE", "_LOG_TRUNCATION"}:
             raise IntakeStopped(
                 f"partition {number} of {self._source.topic} does not have offset {message.offset()} any more: "

@@ -13,6 +13,7 @@ from consumer import __version__
 from consumer.deliver.answers import Heard, Verdict, judge
 from consumer.deliver.delivery import Attempt
 from consumer.deliver.ledger import Column
+from consumer.deliver.pacing import Shut
 from consumer.runtime.clocks import Clock
 from consumer.runtime.intake import Intake
 from consumer.runtime.reporter import Reporter
@@ -74,6 +75,7 @@ class State(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families. Read from other threads than those that write: nothing here waits or locks."""
         yield from self._build()
+        yield from self._outside()
         yield from self._events()
         yield from self._partitions()
         yield from self._meters()
@@ -88,6 +90,11 @@ class State(Collector):
             "librdkafka": confluent_kafka.libversion()[0],
         }
         yield InfoMetricFamily("tallyman_build", "What is running.", versions)
+
+    def _outside(self) -> Iterator[Metric]:
+        kafka, stripe = self._intake.kafka_silent_since is None, self._reporter.delivery.shut is not Shut.DOWN
+        yield GaugeMetricFamily("tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", kafka)
+        yield GaugeMetricFamily("tallyman_stripe_up", "1 while Stripe answers, 0 during an outage.", stripe)
 
     def _events(self) -> Iterator[Metric]:
         events = CounterMetricFamily(
@@ -134,7 +141,7 @@ class State(Collector):
         for number, partition in list(self._intake.partitions.items()):
             name = [str(number)]
             aggregator = partition.aggregator
-            missing = max(0, (partition.end or 0) - partition.read_to)
+            missing = max(0, (partition.end or 0) - partition.read_to) + len(partition.held)
             lag.add_metric(name, missing)
             behind.add_metric(name, max(0, now - aggregator.book.arrival) / 1000 if missing else 0)
             clock.add_metric(name, aggregator.book.clock / 1000)

@@ -75,7 +75,8 @@ class Reporter:
     def oldest_due(self) -> int | None:
         """Since when (ms) the oldest total that is neither finished nor parked has been due, if there is any."""
         here = self.delivery.oldest_due()
-        for each in self._store.read(Log.TOTALS, self._next - 1, 1):
+        # Between the totals lie advances, one for each partition at most, and what operators decided.
+        for each in self._store.read(Log.TOTALS, self._next - 1, READ_AT_ONCE):
             record = totals.decode(each.value)
             if isinstance(record, Total):
                 return record.due if here is None else min(here, record.due)
@@ -87,6 +88,8 @@ class Reporter:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Go round until ``stopping``, wait shortly for answers, and commit once more."""
+        if self._hold:
+            self.delivery.retire(self._clock.now())
         while not stopping.is_set():
             await self._turn()
         # What was marked and will not be sent now must not come back as possibly sent.
@@ -99,6 +102,8 @@ class Reporter:
 
     async def _turn(self) -> None:
         self.turned = self._clock.elapsed()
+        if self._failure is not None:
+            raise self._failure
         self._news.clear()
         self._look_at_customers()
         if not self._hold:
@@ -112,8 +117,6 @@ class Reporter:
             task = asyncio.create_task(self._send(attempt))
             self._sending.add(task)
             task.add_done_callback(self._sent)
-        if self._failure is not None:
-            raise self._failure
         await self._rest()
 
     async def _rest(self) -> None:

@@ -193,19 +193,24 @@ class _Service:
         )
         http = Http(registry, stuck=self._stuck, not_ready=self._not_ready)
         try:
-            port = await http.start(config.http.host, config.http.port)
+            port = await self._listen(http)
             registry.register(State(intake, reporter, self._clock))
             intake.assign(await asyncio.to_thread(self._restored))
             await asyncio.to_thread(reporter.restore)
             self._restoring = False
             log.info("started", pipeline=config.pipeline, partitions=len(intake.partitions), http_port=port)
             await self._both_stages()
-        except OSError as failed:
-            raise ServiceError(f"http: {config.http.host}:{config.http.port} cannot be listened on: {failed}") from None
         finally:
             await http.stop()
             await stripe.close()
         log.info("stopped")
+
+    async def _listen(self, http: Http) -> int:
+        host, port = self._config.http.host, self._config.http.port
+        try:
+            return await http.start(host, port)
+        except OSError as failed:
+            raise ServiceError(f"http: {host}:{port} cannot be listened on: {failed}") from None
 
     async def _both_stages(self) -> None:
         thread = Thread(target=self._read, name="intake", daemon=True)
@@ -281,6 +286,8 @@ class _Service:
             await asyncio.sleep(EXPIRE_EVERY_S)
 
     def _stuck(self) -> list[str]:
+        if self._restoring:
+            return []
         elapsed = self._clock.elapsed()
         turned = {"aggregate": self._intake.turned, "deliver": self._reporter.turned}
         return [

@@ -1,9 +1,10 @@
 """The source topic, as the service asks Kafka about it; see docs/decisions/0001 for what the client answers and why."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Final
+from time import monotonic, sleep
+from typing import Any, Final, TypeVar
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -11,7 +12,20 @@ from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
+T = TypeVar("T")
+
 REQUEST_S: Final = 10.0
+AGAIN_S: Final = 0.1
+_MOVING: Final = frozenset(
+    {
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    }
+)
+"""A partition or a group is on its way to another broker, or has just been created: the client leaves that to us."""
 _UNREACHABLE: Final = frozenset({"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE"})
 
 
@@ -61,14 +75,19 @@ class Source:
 
     def describe(self) -> Topic:
         """The topic as it is. Raises ``SourceError`` where it is not there or Kafka cannot be asked."""
-        try:
-            cluster = self._admin.describe_cluster(request_timeout=REQUEST_S).result()
-            collection = TopicCollection([self.topic])
-            found = self._admin.describe_topics(collection, request_timeout=REQUEST_S)[self.topic].result()
+
+        def ask() -> tuple[Any, Any, Any]:
             resource = ConfigResource(ResourceType.TOPIC, self.topic)
-            settings = self._admin.describe_configs([resource], request_timeout=REQUEST_S)[resource].result()
-        except KafkaException as failed:
-            raise SourceError(self._explain(failed.args[0])) from None
+            cluster = self._admin.describe_cluster(request_timeout=REQUEST_S).result()
+            topics = self._admin.describe_topics(TopicCollection([self.topic]), request_timeout=REQUEST_S)
+            found = topics[self.topic].result()
+            return (
+                cluster,
+                found,
+                self._admin.describe_configs([resource], request_timeout=REQUEST_S)[resource].result(),
+            )
+
+        cluster, found, settings = self._answer(ask)
         return Topic(
             cluster_id=cluster.cluster_id,
             name=self.topic,
@@ -95,30 +114,43 @@ class Source:
     def committed(self, partitions: Iterable[int]) -> dict[int, int]:
         """The group's offsets, as far as it has committed any."""
         asked = [TopicPartition(self.topic, p) for p in partitions]
-        try:
+
+        def ask() -> dict[int, int]:
             with closing(self.consumer()) as consumer:
                 return {p.partition: p.offset for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0}
-        except KafkaException as failed:
-            raise SourceError(self._explain(failed.args[0])) from None
+
+        return self._answer(ask)
 
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Make these the group's offsets, now."""
         asked = [TopicPartition(self.topic, p, offset) for p, offset in offsets.items()]
-        try:
+
+        def ask() -> None:
             with closing(self.consumer()) as consumer:
                 consumer.commit(offsets=asked, asynchronous=False)
-        except KafkaException as failed:
-            raise SourceError(self._explain(failed.args[0])) from None
+
+        self._answer(ask)
 
     def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, timeout: float = REQUEST_S) -> dict[int, int]:
         asked = {TopicPartition(self.topic, p): spec for p in partitions}
-        try:
+
+        def ask() -> dict[int, int]:
             futures = self._admin.list_offsets(
                 asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout
             )
             return {partition.partition: future.result().offset for partition, future in futures.items()}
-        except KafkaException as failed:
-            raise SourceError(self._explain(failed.args[0])) from None
+
+        return self._answer(ask, timeout)
+
+    def _answer(self, ask: Callable[[], T], timeout: float = REQUEST_S) -> T:
+        deadline = monotonic() + timeout
+        while True:
+            try:
+                return ask()
+            except KafkaException as failed:
+                if failed.args[0].code() not in _MOVING or monotonic() > deadline:
+                    raise SourceError(self._explain(failed.args[0])) from None
+            sleep(AGAIN_S)
 
     def _explain(self, error: KafkaError) -> str:
         servers = self._client["bootstrap.servers"]

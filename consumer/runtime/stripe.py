@@ -67,11 +67,14 @@ class Stripe:
                 {"idempotency_key": attempt.key},
             )
         except stripe.StripeError as failed:
-            if failed.http_status is not None:
+            if failed.http_status is not None and not 200 <= failed.http_status < 300:
                 return self._refusal(failed)
             return _silence(failed.__cause__ or failed, written)
         except (aiohttp.ClientError, TimeoutError) as failed:
             return _silence(failed, written)
+        if getattr(event, "object", None) != "billing.meter_event":
+            # Somebody else answered: a proxy, a page for signing in.
+            return Lost("a 200 without a Meter Event")
         headers = event.last_response.headers if event.last_response else {}
         self._note_date(headers)
         if event.livemode != self._livemode:
@@ -99,9 +102,11 @@ class Stripe:
         )
 
     def _note_date(self, headers: Mapping[str, Any]) -> None:
-        date = headers.get("Date")
-        if date:
-            self.date = Reading(int(parsedate_to_datetime(date).timestamp() * 1000), self._clock.elapsed())
+        try:
+            date = parsedate_to_datetime(headers.get("Date", ""))
+        except ValueError:
+            return
+        self.date = Reading(int(date.timestamp() * 1000), self._clock.elapsed())
 
 
 class _Written:
