@@ -136,3 +136,5 @@ def redrive(
                 given, store, source, wanted, allowed, now=CLOCK.now(), told=lambda each: progress(each.produced)
             )
     show.redriven(done, "were produced", given.kafka.topic)
+    if done.refused:
+        raise typer.Exit(1)

@@ -300,8 +300,18 @@ def redriven(done: Redriven, what: str, topic: str) -> None:
             "twice; add --even-old if you know that none was"
         )
     if done.gone:
-        numbers = ", ".join(map(str, done.gone[:20])) + (", …" if len(done.gone) > 20 else "")
-        typer.echo(f"{len(done.gone)} not, because they were kept in the topic alone and are gone from it: {numbers}")
+        typer.echo(
+            f"{len(done.gone)} not, because they were kept in the topic alone and are gone from it: {_some(done.gone)}"
+        )
+    if done.refused:
+        typer.echo(
+            f"{len(done.refused)} not, because the broker refuses them (is max.message.bytes smaller than it was?): "
+            f"{_some(done.refused)}"
+        )
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:20])) + (", …" if len(numbers) > 20 else "")
 
 
 def given_up(old: Old | str) -> None:

@@ -32,6 +32,9 @@ DELIVERY_MS: Final = 30_000
 DIES_AGAIN: Final = frozenset({"late", "future"})
 """Reasons that mending an event or a path does not cure."""
 
+_REFUSED: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD})
+"""Errors about one record, which will not be better next time."""
+
 _DECODER: Final = Decoder((), ())
 _MEMBERS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -111,6 +114,8 @@ class Redriven:
     """Not produced, because they are older than ``deduplicate_for``."""
     gone: list[int] = field(default_factory=list)
     """Numbers of those that were kept in the topic alone, and cannot be read there any more."""
+    refused: list[int] = field(default_factory=list)
+    """Numbers of those that the broker refused, whatever became of the others."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Of those produced, by why they are dead."""
 
@@ -155,9 +160,7 @@ def redrive(
         while batch := list(islice(chosen, BATCH)):
             found = [(each, whole) for each in batch if (whole := _whole(each, consumer, source, done)) is not None]
             if not dry_run:
-                produced = producer.send([whole for _, whole in found])
-                store.mark_redriven(each.number for (each, _), sent in zip(found, produced, strict=True) if sent)
-                producer.check()
+                found = _produced(found, producer, store, done)
             done.produced += len(found)
             for each, _ in found:
                 done.reasons[each.letter.reason] = done.reasons.get(each.letter.reason, 0) + 1
@@ -209,50 +212,58 @@ def _fetch(letter: DeadLetter, consumer: Consumer, source: Source) -> DeadLetter
     return msgspec.structs.replace(letter, key=message.key(), headers=headers or [], value=message.value())
 
 
+def _produced(
+    found: Sequence[tuple[Letter, DeadLetter]], producer: "_Again", store: SqliteStore, done: Redriven
+) -> list[tuple[Letter, DeadLetter]]:
+    """Produce these, mark those that the broker has, and return them; raise where it has not, but for single ones."""
+    errors = producer.send([whole for _, whole in found])
+    sent = [each for each, error in zip(found, errors, strict=True) if error is None]
+    store.mark_redriven(each.number for each, _ in sent)
+    for (each, _), error in zip(found, errors, strict=True):
+        if error is not None and error.code() in _REFUSED:
+            done.refused.append(each.number)
+        elif error is not None:
+            raise SourceError(
+                f"the topic did not take all letters ({error.str()}). Those that it took are marked as redriven: the "
+                "same command goes on with the others."
+            )
+    return sent
+
+
 class _Again:
-    """Produces letters to the topic, and knows which of them the broker has."""
+    """Produces letters to the topic, and tells what became of each."""
 
     def __init__(self, config: Config, topic: str) -> None:
         self._topic = topic
-        self._error: KafkaError | None = None
         self._producer = Producer(
             {
                 "log_level": "0",
                 "enable.idempotence": "true",
                 "compression.type": "lz4",
+                "batch.num.messages": "1",  # one that is refused takes nothing with it
                 "message.max.bytes": str(64 * 2**20),  # the broker took it once: its limit decides
                 "message.timeout.ms": str(DELIVERY_MS),
             }
             | config.kafka_client()
         )
 
-    def send(self, whole: Sequence[DeadLetter]) -> list[bool]:
-        """Which of the letters are in the topic now."""
-        sent = [False] * len(whole)
+    def send(self, whole: Sequence[DeadLetter]) -> list[KafkaError | None]:
+        """For each letter, None once it is in the topic, or why it is not."""
+        errors: list[KafkaError | None] = [KafkaError(KafkaError._MSG_TIMED_OUT)] * len(whole)  # noqa: SLF001 - so it is named
         for number, letter in enumerate(whole):
             value, headers = with_time(letter)
 
             def delivered(error: KafkaError | None, _: object, number: int = number) -> None:
-                sent[number] = error is None
-                self._error = self._error or error
+                errors[number] = error
 
             try:
                 self._producer.produce(
                     self._topic, value, letter.key, letter.partition, on_delivery=delivered, headers=headers
                 )
             except KafkaException as failed:
-                self._error = self._error or failed.args[0]
-                break
+                errors[number] = failed.args[0]
         self._producer.flush()  # ends by message.timeout.ms
-        return sent
-
-    def check(self) -> None:
-        """Raise what kept the broker from taking one of them."""
-        if self._error is not None:
-            raise SourceError(
-                f"{self._topic} did not take all letters ({self._error.str()}). Those that it took are marked as "
-                "redriven: the same command goes on with the others."
-            )
+        return errors
 
 
 def with_time(letter: DeadLetter) -> tuple[bytes, Headers]:

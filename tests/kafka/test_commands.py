@@ -407,6 +407,24 @@ def test_letters_that_are_old_or_gone_are_not_produced(place: Place) -> None:
     assert "1 dead letters would" in place.tallyman("dead-letters", "redrive", "2", "--even-old", "--dry-run").stdout
 
 
+def test_one_letter_that_the_broker_refuses_does_not_hold_up_the_others(place: Place) -> None:
+    buried(place)
+    huge = deadletters.DeadLetter(
+        1, 0, now(), "value_missing", "", b"alice", [], event(4, now(), x=os.urandom(3_000_000).hex())
+    )
+    with place.store() as store:
+        store.append([Append(Log.DEAD_LETTERS, b"1", deadletters.encode(huge))])
+
+    result = place.tallyman("dead-letters", "redrive", "--yes")
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-2:] == [
+        f"3 dead letters were produced to {place.topic} again (3 value_missing)",
+        "1 not, because the broker refuses them (is max.message.bytes smaller than it was?): 4",
+    ]
+    assert len(place.records()) == 6
+
+
 # reset
 
 
