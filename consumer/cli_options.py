@@ -39,11 +39,14 @@ def moment(text: str) -> int:
 
 
 def exact_moment(text: str) -> int:
-    """A time that leaves no doubt, in milliseconds."""
+    """A time that leaves no doubt, in whole seconds as milliseconds."""
     try:
-        return parse_time(text)
+        time = parse_time(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no time: write it like 2026-11-01T00:00:00Z") from None
+        time = 1
+    if time % 1000:
+        raise typer.BadParameter(f"{text!r} is no time in whole seconds: write it like 2026-11-01T00:00:00Z")
+    return time
 
 
 ConfigFile = Annotated[

@@ -149,17 +149,15 @@ def judge(old: Old | str, bill_from: int, now: int, *, read_before: bool, newest
 def reset(config: Config, path: Path, source: Source, topic: Topic, *, bill_from: int, clock: Clock) -> Path | None:
     """Archive the file, if there is one, and begin anew; returns where it is now.
 
-    Raises the errors of the store and the source; what happened to the file is noted with them.
+    Where that fails the file is put back, and what failed is raised: the errors of the store and of the source.
     """
     archive = SqliteStore.reset(path, now=clock.now) if path.exists() else None
     try:
         with SqliteStore.open(path, now=clock.now, create=True, lock=True) as store:
             service.begin(config, store, source, topic, bill_from=bill_from, now=clock.now())
-    except Exception as failed:
+    except BaseException:
         if archive is not None:
-            raise ResetRefused(
-                f"{failed}\nThe state that there was is in {archive}. Move it back to {path} before you try again: "
-                "without it nobody knows what has been billed."
-            ) from failed
+            with locked(path):
+                archive.replace(path)
         raise
     return archive

@@ -27,6 +27,7 @@ from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import SAME_IDENTIFIER_FOR
 from consumer.runtime import audit, logs, redrive, reset
 from consumer.runtime.clocks import SystemClock
+from consumer.runtime.source import Source, SourceError, Topic
 from consumer.storage import Append, Log, Stage
 from consumer.storage.sqlite import Facts, SqliteStore
 from consumer.storage.sqlite_file import locked
@@ -796,3 +797,29 @@ def test_totals_that_are_not_kept_any_more_still_bound_a_reset(place: Place) -> 
 
     assert isinstance(old, reset.Old)
     assert old.newest == (T0 + 180) * 1000
+
+
+def test_a_reset_that_fails_leaves_everything_as_it_was(busy: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consumer.runtime.source.REQUEST_S", 0.2)
+    begun(busy)
+    config, before = load(busy.config, {}), looked(busy)
+    source = Source({"bootstrap.servers": "127.0.0.1:1", "log_level": "0"}, "usage-events", "g")
+    topic = Topic("c", "usage-events", "t", 1, log_append_time=True)
+
+    with pytest.raises(SourceError):
+        reset.reset(config, busy.path, source, topic, bill_from=NOW, clock=SystemClock())
+
+    after = looked(busy)
+    assert isinstance(after, reset.Old)
+    assert isinstance(before, reset.Old)
+    assert (after.facts, after.newest) == (before.facts, before.newest)
+    assert [*busy.path.parent.glob("tallyman.db.before*")] == []
+    assert len(json_lines(busy.tallyman("totals", "--json"))) == 8
+
+
+@pytest.mark.parametrize("text", ["2026-11-01", "2026-11-01T00:00:00", "2026-11-01T00:00:00.5Z", "24h"])
+def test_reset_takes_only_a_time_that_leaves_no_doubt(place: Place, text: str) -> None:
+    result = place.tallyman("reset", "--bill-from", text, env={"COLUMNS": "200"})
+
+    assert result.exit_code == 2
+    assert f"'{text}' is no time in whole seconds: write it like 2026-11-01T00:00:00Z" in result.stderr
