@@ -42,7 +42,7 @@ class Scenario:
     rate: float
     """Records produced a second: the service has to be reading while it is killed."""
     burst: int
-    """Requests in a row that a rate limit at Stripe refuses, whenever it does; 0 makes a Stripe that never fails."""
+    """Requests in a row that a rate limit at Stripe refuses, whenever it does."""
     seed: int
 
 
@@ -190,8 +190,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--customers", type=int, default=5_000)
-    parser.add_argument("--minutes", type=int, default=10, help="of event time that the traffic stretches over")
-    parser.add_argument("--rate", type=float, default=6_000, help="events produced per second")
+    parser.add_argument("--minutes", type=int, default=7, help="of event time that the traffic stretches over")
+    parser.add_argument("--rate", type=float, default=8_000, help="events produced per second")
     parser.add_argument("--burst", type=int, default=500, help="requests in a row that a rate limit refuses")
     parser.add_argument("--keep", type=Path, help="a folder to keep the service's file and log in")
     given = parser.parse_args()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import time
 
 from consumer.sandbox.stripe_server import Fault, Faults, StripeStandIn
 from consumer.sandbox.traffic import AI_TOKENS, API_CALLS
@@ -24,6 +25,8 @@ RATES = {
 those after the event was taken; of another twentieth the event is taken and the answer lost.
 """
 LIMITED_ONE_IN = 20
+BURST_AT_MOST_S = 2.0
+"""A few totals, tried at ever longer intervals, would never come to the end of a limit that counts requests alone."""
 BEHIND_S = 3_600.0
 """So far its clock is behind the host's: too far for the service to believe either of the two. The traffic is dated in
 the past, and a service that is restarted at the end of the log would rightly take what comes after it to be late.
@@ -31,23 +34,29 @@ the past, and a service that is restarted at the end of the log would rightly ta
 LATENCY_S = (0.002, 0.02)
 
 
-def faults(seed: int, burst: int) -> Faults:
-    """What goes wrong, reproducibly. Rate limits come as they do: many in a row, and then none for a while."""
+class RateLimit:
+    """Refuses many requests in a row, and then none for a while, as limits by the second do."""
 
-    def limit(number: int, _: str) -> Fault | None:
-        return Fault.RATE_LIMITED if number % (burst * LIMITED_ONE_IN) >= burst * (LIMITED_ONE_IN - 1) else None
+    def __init__(self, burst: int) -> None:
+        self._burst = burst
+        self._until = 0.0
 
-    return Faults(rates=RATES, plan=limit, latency=LATENCY_S, random=random.Random(seed))  # noqa: S311 - reproducible
+    def __call__(self, number: int, _: str) -> Fault | None:
+        inside = number % (self._burst * LIMITED_ONE_IN) - self._burst * (LIMITED_ONE_IN - 1)
+        if inside == 0:
+            self._until = time.monotonic() + BURST_AT_MOST_S
+        return Fault.RATE_LIMITED if inside >= 0 and time.monotonic() < self._until else None
 
 
 def main() -> None:
     """Serve until standard input ends, which it does at the latest when whoever started this is gone."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--burst", type=int, required=True, help="requests in a row that a rate limit refuses; 0: none")
+    parser.add_argument("--burst", type=int, required=True, help="requests in a row that a rate limit refuses")
     given = parser.parse_args()
-    wrong = faults(given.seed, given.burst) if given.burst else Faults(latency=LATENCY_S)
-    stripe = StripeStandIn(faults=wrong, accept_any_customer=True)
+    chance = random.Random(given.seed)  # noqa: S311 - reproducible
+    faults = Faults(rates=RATES, plan=RateLimit(given.burst), latency=LATENCY_S, random=chance)
+    stripe = StripeStandIn(faults=faults, accept_any_customer=True)
     stripe.clock.advance(-BEHIND_S)
     for event_name in (AI_TOKENS, API_CALLS):
         stripe.model.add_meter(event_name)

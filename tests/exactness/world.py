@@ -27,8 +27,8 @@ from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.traffic import METERS, REACH_MS, Message
 
 PIPELINE = "exactness"
-PATIENCE_S = 120.0
-"""A run in which nothing moves for so long has failed."""
+PATIENCE_S = 330.0
+"""A run in which nothing moves for so long has failed. A total that was refused again and again rests for 5 minutes."""
 POLL_S = 0.1
 
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
