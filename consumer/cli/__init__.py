@@ -9,10 +9,10 @@ import typer
 from confluent_kafka import KafkaException
 from typer.core import TyperGroup
 
-from consumer import __version__, cli_letters, cli_parked
-from consumer import cli_show as show
+from consumer import __version__
 from consumer.aggregate.aggregator import UnbalancedError, UnknownEntryError
-from consumer.cli_options import (
+from consumer.cli import letters, parked, show
+from consumer.cli.options import (
     CLOCK,
     DEFAULT,
     ConfigFile,
@@ -320,8 +320,8 @@ def reset(
     )
 
 
-app.add_typer(cli_parked.app, name="parked")
-app.add_typer(cli_letters.app, name="dead-letters")
+app.add_typer(parked.app, name="parked")
+app.add_typer(letters.app, name="dead-letters")
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from consumer import cli_show as show
-from consumer.cli_options import (
+from consumer.cli import show
+from consumer.cli.options import (
     CLOCK,
     DEFAULT,
     ConfigFile,

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from consumer import cli_show as show
-from consumer.cli_options import (
+from consumer.cli import show
+from consumer.cli.options import (
     CLOCK,
     DEFAULT,
     ConfigFile,
