@@ -305,7 +305,7 @@ class _Service:
             if partition.held
         ]
         if self._intake.kafka_silent_since is not None:
-            reasons.append(f"Kafka has not been reached since {start.shown(self._intake.kafka_silent_since)}")
+            reasons.append(f"Kafka has not answered since {start.shown(self._intake.kafka_silent_since)}")
         if self._reporter.delivery.shut:
             reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.delivery.shut}")
         elif self._reporter.delivery.paused:

@@ -1,7 +1,7 @@
 """The source topic, as the service asks Kafka about it; see docs/decisions/0001 for what the client answers and why."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any, Final, TypeVar
@@ -20,12 +20,14 @@ _MOVING: Final = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
         KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
         KafkaError.NOT_COORDINATOR,
         KafkaError.COORDINATOR_NOT_AVAILABLE,
         KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     }
 )
-"""A partition or a group is on its way to another broker, or has just been created: the client leaves that to us."""
+"""A partition or a group has moved to another broker, or has just been created: the client leaves that to us."""
 _UNREACHABLE: Final = frozenset({"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE"})
 
 
@@ -151,6 +153,9 @@ class Source:
                 if failed.args[0].code() not in _MOVING or monotonic() > deadline:
                     raise SourceError(self._explain(failed.args[0])) from None
             sleep(AGAIN_S)
+            with suppress(KafkaException):
+                # Who leads a partition is asked for once and then believed for minutes, wrong or not.
+                self._admin.list_topics(self.topic, timeout=timeout)
 
     def _explain(self, error: KafkaError) -> str:
         servers = self._client["bootstrap.servers"]

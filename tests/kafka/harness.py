@@ -27,13 +27,17 @@ from confluent_kafka.admin import AdminClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from consumer import deadletters, totals
-from consumer.cli import FAILED, WRONG
 from consumer.config import load
 from consumer.runtime import service
+from consumer.runtime.customers import CustomerFileError
+from consumer.runtime.intake import IntakeStopped
+from consumer.runtime.source import SourceError
+from consumer.runtime.start import StartRefused
+from consumer.runtime.stripe import WrongMode
 from consumer.sandbox.kafka import Kafka, free_ports
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import StripeStandIn
-from consumer.storage import Log
+from consumer.storage import Log, StorageError
 from consumer.storage.sqlite import Logged, SqliteStore
 
 SECOND: Final = 1_000
@@ -49,6 +53,17 @@ METER: Final[Mapping[str, Any]] = {
     "value": "$.n",
     "stripe": {"event_name": TOKENS},
 }
+
+FAILURES: Final = (
+    CustomerFileError,
+    IntakeStopped,
+    SourceError,
+    StartRefused,
+    StorageError,
+    WrongMode,
+    service.ServiceError,
+)
+"""What users are told in words; everything else is a fault of ours."""
 
 
 class MovedClock:
@@ -217,7 +232,7 @@ class Page:
         return found
 
     @property
-    def counters(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    def counters(self) -> dict[object, float]:
         """All counters of events and totals, which no crash may set back."""
         counters = {f"{family.name}_total" for family in self.families if family.type == "counter"}
         return {
@@ -230,7 +245,7 @@ class Page:
 class Service:
     """The service as a process of its own; started, stopped, killed and started again on the same state."""
 
-    def __init__(self, folder: Path, topic: Topic, stripe: StripeStandIn, **changes: Any) -> None:
+    def __init__(self, folder: Path, topic: Topic, stripe_url: str, /, **changes: Any) -> None:
         """``changes`` are keys of the configuration, merged into what is usual here."""
         self.folder = folder
         self.topic = topic
@@ -248,7 +263,7 @@ class Service:
             "storage": {"kind": "sqlite", "path": str(folder / "tallyman.db")},
             "commit_every": "100ms",
             "meters": [dict(METER)],
-            "stripe": {"livemode": False, "api_base": stripe.url, "max_rate": 1000},
+            "stripe": {"livemode": False, "api_base": stripe_url, "max_rate": 1000},
             "http": {"host": "127.0.0.1", "port": port},
         }
         for key, value in changes.items():
@@ -313,10 +328,10 @@ class Service:
             self._process.kill()
             self._ended(10.0)
 
-    def fails(self, code: int = 1, *, within: float = 30.0) -> str:
-        """Wait until it ends by itself with this exit code; returns its last line, which has to say why."""
-        ended = self._ended(within)
-        assert ended == code, f"exit code {ended}\n{self.log()[-3000:]}"
+    def fails(self, *, within: float = 30.0) -> str:
+        """Wait until it ends by itself with exit code 1; returns its last line, which has to say why."""
+        code = self._ended(within)
+        assert code == 1, f"exit code {code}\n{self.log()[-3000:]}"
         return self.log().splitlines()[-1]
 
     def _ended(self, within: float) -> int | None:
@@ -332,7 +347,7 @@ class Service:
         too_long.start()
         try:
             service.run(config, service.Surroundings(self.clock, service.kafka_source))
-        except (*WRONG, *FAILED) as refused:
+        except FAILURES as refused:
             return str(refused)
         finally:
             too_long.cancel()
@@ -412,7 +427,7 @@ class Bench:
     def service(self, topic: Topic, **changes: Any) -> Service:
         folder = self.folder / f"service-{len(self._services)}"
         folder.mkdir()
-        made = Service(folder, topic, self.stripe, **changes)
+        made = Service(folder, topic, self.stripe.url, **changes)
         self._services.append(made)
         return made
 
@@ -448,7 +463,7 @@ def past_events(topic: Topic, customers: Mapping[str, int], *, at: int, partitio
         *(event(n, at=at, customer=customer) for customer, n in customers.items()), at=at, partition=partition
     )
     if closed:
-        topic.produce(None, at=real_now(), partition=partition)
+        topic.produce(None, at=at + 5 * MINUTE, partition=partition)
     return len(customers) + closed
 
 
@@ -468,9 +483,9 @@ def _serve(folder: Path, environ: Mapping[str, str]) -> None:
             load(folder / "tallyman.yaml", environ),
             service.Surroundings(MovedClock(folder / "clock"), service.kafka_source),
         )
-    except (*WRONG, *FAILED) as failed:
+    except FAILURES as failed:
         print(failed, flush=True)
-        sys.exit(2 if isinstance(failed, WRONG) else 1)
+        sys.exit(1)
 
 
 # A process that has imported everything and forks: a service starts in a tenth of the time.

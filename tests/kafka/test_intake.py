@@ -19,7 +19,6 @@ from consumer.config import load
 from consumer.runtime import service
 from consumer.runtime.intake import Intake, IntakeStopped, Partition
 from consumer.sandbox.kafka import Kafka
-from consumer.sandbox.stripe_server import StripeStandIn
 from consumer.storage import Log, Stage
 from consumer.storage.sqlite import SqliteStore
 from consumer.totals import Advance, Total
@@ -54,7 +53,7 @@ class Reader:
         self.topic = topic
         self.clock = MovedClock(folder / "clock")
         self.witness: Reading | None = None
-        written = Service(folder, topic, StripeStandIn(), **changes)
+        written = Service(folder, topic, "http://localhost:1", **changes)
         self.config = load(written.write(), os.environ)
         self._opened = ExitStack()
         path = service.storage_path(self.config)
