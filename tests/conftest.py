@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from consumer.sandbox.kafka import Kafka, KafkaUnavailableError, LocalKafka
 from tests.kafka.cluster import running_kafka
+
+# A busy machine makes an example slow, not wrong.
+settings.register_profile("tallyman", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tallyman")
 
 _UNAVAILABLE = pytest.StashKey[str]()
 
