@@ -20,7 +20,7 @@ from pathlib import Path
 
 from consumer.sandbox import traffic
 from consumer.sandbox.kafka import Kafka
-from consumer.sandbox.traffic import MINUTE_MS, Message, Mix, Traffic, tombstones
+from consumer.sandbox.traffic import MINUTE_MS, Counts, Message, Mix, Traffic, tombstones
 from tests.exactness.checks import Produced, Verdict, judge
 from tests.exactness.world import Metrics, Production, Service, StandIn, answers, ask, wait_until
 from tests.kafka.cluster import running_kafka
@@ -45,6 +45,12 @@ class Scenario:
     """Requests in a row that a rate limit at Stripe refuses, whenever it does."""
     seed: int
 
+    @property
+    def mix(self) -> Mix:
+        """What the traffic consists of: 2 % are repetitions, the rest of the shares are the usual ones."""
+        # Repetitions come up to 3 minutes later, and those that would come after the end never do.
+        return Mix(customers=self.customers, duplicates=0.0206 * self.minutes / (self.minutes - 1.5))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -53,6 +59,7 @@ class Report:
     seconds: float
     counting_seconds: float
     bytes_per_event: float
+    counts: Counts
     kills: tuple[int, int]
     """While stage 1 had records to count, and while stage 2 had totals to send."""
     totals: int
@@ -66,11 +73,16 @@ class Report:
             *(f"  agrees   {each}" for each in self.verdict.compared),
             f"  duration {self.seconds:.0f} s, of which stage 1 was reading {self.counting_seconds:.0f} s",
             f"  events   of {self.bytes_per_event:.0f} bytes on average, headers included",
+            f"  of them  {self._share(self.counts.duplicates)} repeated, {self._share(self.counts.late)} late, "
+            f"{self._share(self.counts.malformed)} malformed",
             f"  kills    {self.kills[0]} while counting, {self.kills[1]} while sending",
             f"  totals   {self.totals}",
             *(f"  Stripe   {count:>8} {answer}" for answer, count in self.answers.items()),
             f"  memory   {self.peak_rss_mb:.0f} MB at most in any of the service's processes",
         ]
+
+    def _share(self, events: int) -> str:
+        return f"{events / self.counts.produced:.2%}"
 
 
 def prove(kafka: Kafka, scenario: Scenario, folder: Path, say: Callable[[str], None]) -> Report:
@@ -80,7 +92,7 @@ def prove(kafka: Kafka, scenario: Scenario, folder: Path, say: Callable[[str], N
     kafka.create_topic(topic, PARTITIONS, "create_time")
     now_ms = time.time_ns() // 10**6
     first_ms = now_ms - AGO_MS
-    made = Traffic(Mix(customers=scenario.customers), seed=scenario.seed, partitions=PARTITIONS)
+    made = Traffic(scenario.mix, seed=scenario.seed, partitions=PARTITIONS)
     size = 0
 
     def measured() -> Iterator[Message]:
@@ -120,6 +132,7 @@ def prove(kafka: Kafka, scenario: Scenario, folder: Path, say: Callable[[str], N
         seconds=seconds,
         counting_seconds=counting_seconds,
         bytes_per_event=size / scenario.events,
+        counts=made.expected.counts,
         kills=(sum(at < scenario.events for at in watch.consumed), sum(at < watch.totals for at in watch.accepted)),
         totals=watch.totals,
         answers=answers(stats),

@@ -19,11 +19,13 @@ from tests.exactness.world import Production, Service, wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
-EVENTS = 12_000
+EVENTS = 8_000
 CUSTOMERS = 5_000
-"""So many that most events make totals of their own: 20,000, which in memory would be 30 MB, a quarter of the rest."""
+"""So many that most events make totals of their own: 13,000, which in memory would be 18 MB, a sixth of the rest."""
 RATE = 600
 """Events produced a second: with Stripe there, few totals wait at a time."""
+MORE = 1.12
+"""What memory may be with Stripe away, of what it is with Stripe there: more is a backlog kept in memory."""
 
 
 def test_memory_stays_flat_while_stripe_is_away_and_all_is_delivered_once_it_is_back(
@@ -33,7 +35,7 @@ def test_memory_stays_flat_while_stripe_is_away_and_all_is_delivered_once_it_is_
     there = _run(kafka, tmp_path / "there", away=False)
     away = _run(kafka, tmp_path / "away", away=True)
     print(f"peak memory: {there / 1024:.1f} MB with Stripe there, {away / 1024:.1f} MB with Stripe away until the end")
-    assert away <= there * 1.2
+    assert away <= there * MORE
 
 
 def _run(kafka: Kafka, folder: Path, *, away: bool) -> int:
