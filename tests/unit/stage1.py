@@ -148,7 +148,9 @@ class Stage1:
     def drain(self) -> None:
         """Commit until nothing is left to commit."""
         while self.aggregator.changed:
+            before = self.aggregator.open_keys
             self.commit()
+            assert self.aggregator.open_keys < before or not self.aggregator.changed, "a commit gets on"
 
     def crash(self, rules: Rules | None = None) -> None:
         """Lose what was not committed, and take up work again, perhaps with another configuration."""
@@ -170,6 +172,7 @@ class Stage1:
         """Let the clock pass everything, and return all totals that were ever closed."""
         while (closes := self.aggregator.next_close) is not None:
             self.advance(max(closes, self.aggregator.book.clock))
+            assert self.aggregator.next_close != closes, "what is to close by now has closed"
         self.drain()
         return self.totals
 

@@ -166,6 +166,15 @@ def test_big_sums_are_exact() -> None:
         assert [total.value for total in stage.close_all()] == ["1000000000000000000"]
 
 
+def test_values_that_come_again_are_the_same_again() -> None:
+    """Remembering what a text means must not mistake one text for another."""
+    texts = ["12345", "1234", "123", "12", "1", "0", "12.34", "12.3", "1.234", "1.23", "123.4", '"12"', '"123"', "1e3"]
+    stage = Stage1(rules())
+    for number, text in enumerate(texts * 3):
+        stage.send(event(str(number), n="RAW", raw=text), T0)
+    assert Fraction(stage.billed) == 3 * sum(Fraction(text.strip('"')) for text in texts)
+
+
 NUMBERS = st.builds(
     "{}{}{}{}".format,
     st.sampled_from(["", "-"]),
