@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -194,16 +195,23 @@ class Service:
 
 
 class Production:
-    """Writes messages to a topic from a thread of its own, at so many a second."""
+    """Writes messages to a topic from a thread of its own, at so many a second, and at most as many as are allowed."""
 
-    def __init__(self, kafka: str, topic: str, messages: Iterable[Message], rate: float) -> None:
+    def __init__(
+        self,
+        kafka: str,
+        topic: str,
+        messages: Iterable[Message],
+        rate: float,
+        allowed: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self.sent = 0
         """Messages that the broker has."""
         self._failure: BaseException | None = None
 
         def write() -> None:
             try:
-                self.sent = traffic.produce(kafka, topic, _paced(messages, rate), self._tell)
+                self.sent = traffic.produce(kafka, topic, _paced(messages, rate, allowed), self._tell)
             except BaseException as failure:  # noqa: BLE001 - raised again by whoever waits
                 self._failure = failure
 
@@ -220,11 +228,13 @@ class Production:
         self.sent = sent
 
 
-def _paced(messages: Iterable[Message], rate: float) -> Iterator[Message]:
-    began = time.monotonic()
+def _paced(messages: Iterable[Message], rate: float, allowed: Callable[[], float]) -> Iterator[Message]:
+    due = time.monotonic()
     for number, message in enumerate(messages):
         if number % 100 == 0:
-            time.sleep(max(0.0, began + number / rate - time.monotonic()))
+            while number >= allowed() or time.monotonic() < due:
+                time.sleep(POLL_S / 10)
+            due = max(due + 100 / rate, time.monotonic())
         yield message
 
 
