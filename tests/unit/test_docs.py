@@ -356,6 +356,15 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in _anchors(target), f"{_relative(page)}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_relative)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    """From the repository or, for short, from the package."""
+    named = {code for code in _CODE.findall(page.read_text(encoding="utf-8")) if re.fullmatch(r"[\w/]+(\.py|/)", code)}
+    assert {code for code in named if not (ROOT / code).exists() and not (ROOT / "consumer" / code).exists()} <= {
+        "ledger/"
+    }
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
