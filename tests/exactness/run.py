@@ -3,7 +3,8 @@
     python -m tests.exactness.run --events 1000000 --kills 20 --seed 1
 
 Half of the kills hit stage 1 while it counts, the other half stage 2 while it sends; both are triggered by progress,
-not by time. The same arguments make the same traffic and the same faults. Ends with 0 if everything agrees.
+not by time. The same arguments make the same traffic; the faults are drawn from the seed too, but fall on whichever
+requests come, so that no two runs are alike. Ends with 0 if everything agrees.
 """
 
 from __future__ import annotations
