@@ -156,7 +156,6 @@ class Stage1:
         """Lose what was not committed, and take up work again, perhaps with another configuration."""
         self.rules = rules or self.rules
         self.aggregator = Aggregator(self.rules, self.source, self.offset, self.entries.items())
-        self.aggregator.check()
 
     def configure(self, rules: Rules) -> None:
         """A restart with another configuration."""

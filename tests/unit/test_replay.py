@@ -228,4 +228,6 @@ def test_a_long_run_leaves_little() -> None:
             stage.crash()
     stage.close_all()
     assert len(stage.entries) <= 2 + 26
+    edition = meter().edition(settle=stage.rules.settle, deduplicate_for=stage.rules.deduplicate_for)
+    assert not stage.aggregator._buckets.on_time(edition)
     assert sum(total.events for total in stage.totals) == 30 * 24 * 3
