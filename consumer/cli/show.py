@@ -46,7 +46,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, whole: s
     """``whole``: the column that is never cut."""
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for name in columns:
-        table.add_column(name, overflow="fold", no_wrap=name == whole and not sys.stdout.isatty())
+        table.add_column(name, overflow="fold", no_wrap=bool(whole) and name == whole and not sys.stdout.isatty())
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(_clean(cell)) for cell in row))
     if not table.row_count:
