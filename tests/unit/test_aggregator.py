@@ -266,12 +266,29 @@ def test_an_event_more_than_five_minutes_ahead_of_its_arrival_is_a_dead_letter(a
     assert next(iter(stage.dead), None) == reason
 
 
-def test_what_precedes_bill_from_is_ignored() -> None:
+def test_whether_an_event_is_in_the_future_is_told_by_its_arrival_and_not_by_the_reader() -> None:
+    """A backlog would otherwise be counted differently from what it would have been live, and by every reader."""
+    stage = Stage1(rules(), now=T0 + 9 * HOUR)
+    stage.send(event("1", T0 + HOUR), T0)
+    assert stage.dead == {"future": 1}
+
+
+def test_every_meter_has_its_own_accept_late() -> None:
+    stage = Stage1(rules(meter("strict", accept_late=HOUR), meter("patient", event_types=("other",))))
+    stage.send(event("1", type="other"), T0 + 2 * HOUR)
+    stage.send(event("2"), T0 + 2 * HOUR)
+    assert stage.dead == {"late": 1}
+    assert stage.book("patient").events == 1
+
+
+@pytest.mark.parametrize("key", [b"k", None])
+def test_what_precedes_bill_from_is_ignored(key: bytes | None) -> None:
     """It was billed by whatever billed before."""
     stage = Stage1(rules(bill_from=T0))
-    stage.send(event("1", T0 - 1), T0)
-    stage.send(event("2", T0), T0)
-    assert stage.aggregator.book.ignored == {"before_bill_from": 1}
+    stage.send(event("1", T0 - 1), T0, key=key)
+    stage.send(event("2", T0), T0, key=key)
+    stage.send(event("3", T0 - 1), T0, key=key)
+    assert stage.aggregator.book.ignored == {"before_bill_from": 2}
     assert stage.billed == "1"
 
 
@@ -467,5 +484,31 @@ def test_unkeyed_records_count_and_are_counted() -> None:
     stage = Stage1(rules())
     stage.send(event("1"), T0, key=None)
     stage.send(event("2"), T0, key=b"")
+    stage.send(None, T0, key=b"")
     assert stage.aggregator.book.unkeyed == 1
     assert stage.billed == "2"
+
+
+def test_an_event_that_carries_another_event_is_the_outer_one() -> None:
+    """In binary mode the value is data: read as an event, somebody else's usage would be billed."""
+    outer: list[tuple[str, bytes | None]] = [
+        ("ce_specversion", b"1.0"),
+        ("ce_id", b"outer"),
+        ("ce_source", b"/relay"),
+        ("ce_type", b"used"),
+        ("ce_subject", b"relay"),
+        ("content-type", b"application/json"),
+    ]
+    stage = Stage1(rules())
+    stage.send(event("inner", n=1000) + b" ", T0, headers=outer)
+    assert stage.dead == {"value_missing": 1}
+    stage.send(event("inner", n=1000)[:-1] + b', "n": 5}', T0, headers=outer)
+    assert [(total.customer, total.value) for total in stage.close_all()] == [("relay", "5")]
+
+
+def test_text_that_is_not_utf_8_is_a_dead_letter_wherever_it_is() -> None:
+    """Two readers would otherwise make different events of it."""
+    stage = Stage1(rules())
+    stage.send(event("1", data={"unread": "é"}).replace(b"\\u00e9", b"\xe9"), T0)
+    stage.send(event("2", data={"unread": "é"}).replace(b"\\u00e9", "é".encode()), T0)
+    assert (stage.dead, stage.billed) == ({"not_json": 1}, "1")

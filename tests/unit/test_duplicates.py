@@ -77,6 +77,15 @@ def test_a_duplicate_renews_its_id() -> None:
     assert counted(*(T0 + hour * HOUR for hour in hours)) == 1
 
 
+def test_a_storm_of_duplicates_takes_no_room() -> None:
+    """A producer that repeats one event for ever must not fill the memory."""
+    stage = Stage1(rules())
+    for number in range(100):
+        stage.send(event("1"), T0 + number)
+    stage.commit()
+    assert [len(value) for key, value in stage.entries.items() if key[:1] == b"i"] == [8]
+
+
 def test_a_duplicate_renews_its_id_across_a_crash() -> None:
     stage = Stage1(rules(ALWAYS))
     for hour in range(0, 200, 20):
