@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from consumer.storage import Append, Changes, Log, Stage, Store
+from consumer.storage.kafka import KafkaStore
 from consumer.storage.sqlite import SqliteStore
+from tests.kafka.stores import Pipeline
 
 PARTITIONS: Final = 3
 
@@ -42,10 +44,32 @@ class SqliteBackend:
             return [(row.key, row.value) for row in store.read(log, 0, 1_000_000)]
 
 
-@pytest.fixture(params=["sqlite"])
-def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Backend]:
-    backends: dict[str, Callable[[], Backend]] = {"sqlite": lambda: SqliteBackend(tmp_path_factory.mktemp("store"))}
-    return backends[request.param]
+class KafkaBackend:
+    """Topics of its own."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    @contextmanager
+    def open(self) -> Iterator[KafkaStore]:
+        with self._pipeline.store() as store:
+            for stage in Stage:
+                for partition in range(PARTITIONS):
+                    store.restore(stage, partition)
+            yield store
+
+    def logged(self, log: Log) -> list[tuple[bytes, bytes]]:
+        return [(record.key, record.value) for record in self._pipeline.logged(log)]
+
+
+@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Backend]]:
+    if request.param == "sqlite":
+        yield lambda: SqliteBackend(tmp_path_factory.mktemp("store"))
+    else:
+        kafka = request.getfixturevalue("kafka")
+        with ExitStack() as opened:
+            yield lambda: KafkaBackend(opened.enter_context(closing(Pipeline(kafka, partitions=PARTITIONS))))
 
 
 @pytest.fixture
@@ -152,11 +176,25 @@ histories = st.lists(st.one_of(st.just(None), commits), max_size=12)
 """Commits, whose offsets are steps from the one before, and None where the process ends and another one starts."""
 
 
+Histories = list[tuple[Stage, Mapping[int, Changes]] | None]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=histories)
-def test_whatever_is_committed_is_restored(
-    fresh: Callable[[], Backend], history: list[tuple[Stage, Mapping[int, Changes]] | None]
-) -> None:
+@pytest.mark.parametrize("fresh", ["sqlite"], indirect=True)
+def test_whatever_is_committed_is_restored(fresh: Callable[[], Backend], history: Histories) -> None:
+    check(fresh, history)
+
+
+# Few, for each of them has topics of its own.
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(history=histories)
+@pytest.mark.parametrize("fresh", [pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
+def test_whatever_is_committed_to_kafka_is_restored(fresh: Callable[[], Backend], history: Histories) -> None:
+    check(fresh, history)
+
+
+def check(fresh: Callable[[], Backend], history: Histories) -> None:
     backend, remaining = fresh(), deque(history)
     state: dict[tuple[Stage, int], tuple[int, dict[bytes, bytes]]] = {}
     logs: dict[Log, list[tuple[bytes, bytes]]] = {log: [] for log in Log}

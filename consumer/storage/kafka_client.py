@@ -1,0 +1,81 @@
+"""Asking Kafka: what is worth another try, and what is said where there is no answer."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from time import monotonic, sleep
+from typing import Any, Final, TypeVar
+
+from confluent_kafka import Consumer, KafkaException
+from confluent_kafka.admin import AdminClient
+
+from consumer.storage import StorageError
+
+T = TypeVar("T")
+
+REQUEST_S: Final = 10.0
+AGAIN_S: Final = 0.1
+
+PASSING: Final = frozenset(
+    {
+        *("NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "FENCED_LEADER_EPOCH", "UNKNOWN_LEADER_EPOCH"),
+        *("NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "NOT_CONTROLLER"),
+        *("REQUEST_TIMED_OUT", "NETWORK_EXCEPTION", "UNSTABLE_OFFSET_COMMIT"),
+        *("_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE", "_WAIT_COORD"),
+    }
+)
+"""A partition or a group has moved to another broker or has just been created, or no broker can be reached."""
+
+_READING: Final = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "auto.offset.reset": "earliest",
+    "enable.partition.eof": True,
+    "allow.auto.create.topics": False,
+    "check.crcs": True,
+    "fetch.queue.backoff.ms": 10,
+    "queued.min.messages": 100_000,
+    "queued.max.messages.kbytes": 65_536,
+}
+
+
+class Unreachable(StorageError):
+    """Kafka does not answer, or what is asked for is held up there. Nothing is wrong with the state: try again later.
+
+    An outage is for metrics and readiness, never for a restart.
+    """
+
+
+def reader(client: Mapping[str, Any], group: str, *, committed: bool) -> Consumer:
+    """A consumer that is assigned its partitions by hand, and is no member of the group."""
+    isolation = "read_committed" if committed else "read_uncommitted"
+    return Consumer({**client, **_READING, "group.id": group, "isolation.level": isolation})
+
+
+def asked(ask: Callable[[float], T], what: str, *, within: float, refresh: AdminClient | None = None) -> T:
+    """Kafka's answer; what passes is asked again until the time (in seconds) is over.
+
+    Args:
+        ask: is given the seconds that are left.
+        what: is asked for, as the error says it.
+        within: seconds.
+        refresh: a client that believes for minutes what it once was told of who leads a partition, wrong or not.
+
+    Raises:
+        Unreachable: no answer in time.
+        StorageError: an answer that will not change by itself.
+    """
+    deadline = monotonic() + within
+    while True:
+        left = max(1.0, deadline - monotonic())
+        try:
+            return ask(left)
+        except KafkaException as failed:
+            error = failed.args[0]
+            if error.name() not in PASSING and not error.retriable():
+                raise StorageError(f"{what}: Kafka says {error.name()}, {error.str()}") from None
+            if monotonic() + AGAIN_S > deadline:
+                raise Unreachable(f"{what}: no answer for {within:.0f} s ({error.str()})") from None
+        sleep(AGAIN_S)
+        if refresh is not None:
+            with suppress(KafkaException):
+                refresh.list_topics(timeout=max(1.0, deadline - monotonic()))

@@ -1,0 +1,172 @@
+"""The first start of a pipeline on Kafka, which any number of processes may make at once, and a source that grew."""
+
+import random
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from time import monotonic, sleep
+from typing import Any, Final
+
+from confluent_kafka import TopicPartition
+
+from consumer.storage import Changes, Log, Stage, StorageError
+from consumer.storage.kafka_client import AGAIN_S, Unreachable, reader
+from consumer.storage.kafka_reading import PATIENCE_S, committed, ends_of, log_sizes, partition_count, witnessed
+from consumer.storage.kafka_records import POSITION_KEY, Position, decode_position, encode_position
+from consumer.storage.kafka_topics import Topics
+from consumer.storage.kafka_transactions import COMMIT_S, Abandoned, Offsets, OutcomeUnknown, Record, Transactions
+from consumer.storage.sqlite import Facts
+
+TAIL: Final = 64
+"""Records from the end of a state partition on in which its position is looked for at first."""
+
+
+def recorded(client: Mapping[str, Any], topics: Topics) -> Facts | None:
+    """What the pipeline's state belongs to, or None before its first start."""
+    found = [position.facts for position in positions(client, topics, Stage.AGGREGATE).values()]
+    return max(found, key=lambda facts: facts.partitions) if found else None
+
+
+def positions(client: Mapping[str, Any], topics: Topics, stage: Stage) -> dict[int, Position]:
+    """How far the stage's processors have read, by partition, as far as they ever have committed.
+
+    Reads only the ends of the state's partitions: the position is the last record of each commit.
+    """
+    topic = topics.state(stage)
+    ends = ends_of(client, topic, range(partition_count(client, topic)))
+    found: dict[int, Position] = {}
+    unread, tail = {partition: end for partition, end in ends.items() if end}, TAIL
+    while unread:
+        starts = {partition: max(0, end - tail) for partition, end in unread.items()}
+        for records in committed(client, topic, starts, unread):
+            for record in records:
+                if record.key() == POSITION_KEY:
+                    found[record.partition()] = decode_position(record.value() or b"")
+        unread = {p: end for p, end in unread.items() if p not in found and starts[p]}
+        tail *= 16
+    return found
+
+
+def begin(
+    client: Mapping[str, Any], facts: Facts, changes: Mapping[int, Changes], *, patience: float = PATIENCE_S
+) -> Facts:
+    """The first start: the facts, and the first commit of both stages on every partition, in one step.
+
+    Any number of processes may start at once: one of them begins, and all are told what has begun.
+
+    Args:
+        client: the settings of any librdkafka client.
+        facts: what the state is going to belong to.
+        changes: the first commit of stage 1 on every partition of the source.
+        patience: seconds in which it has to be done.
+
+    Raises:
+        Unreachable: not within this time.
+        StorageError: this is no first start, for something is there already.
+    """
+    if changes.keys() != set(range(facts.partitions)):
+        raise ValueError(f"each of the {facts.partitions} partitions needs its first commit, not {[*changes]}")
+    topics = Topics.of(facts.pipeline)
+
+    def judge() -> Facts | None:
+        begun = recorded(client, topics)
+        if begun is None:
+            _check_empty(client, topics, facts)
+        return begun
+
+    def first() -> tuple[list[Record], Offsets]:
+        return _first(client, topics, facts, changes, with_stage_2=True)
+
+    return _alone(client, topics.pipeline, judge, first, patience=patience) or facts
+
+
+def grow(
+    client: Mapping[str, Any], facts: Facts, changes: Mapping[int, Changes], *, patience: float = PATIENCE_S
+) -> Facts:
+    """The source has been given partitions: their first commit. ``facts`` has their new number; else like ``begin``.
+
+    Partitions that another process has added meanwhile are left as they are.
+    """
+    topics = Topics.of(facts.pipeline)
+
+    def judge() -> Facts | None:
+        begun = recorded(client, topics)
+        if begun is None:
+            raise StorageError(f"the pipeline {facts.pipeline} has not begun: its partitions are recorded then")
+        if begun.partitions >= facts.partitions:
+            return begun
+        if changes.keys() != set(range(begun.partitions, facts.partitions)):
+            raise ValueError(f"partitions {begun.partitions} to {facts.partitions - 1} are new, not {[*changes]}")
+        return None
+
+    def first() -> tuple[list[Record], Offsets]:
+        return _first(client, topics, facts, changes, with_stage_2=False)
+
+    return _alone(client, topics.pipeline, judge, first, patience=patience) or facts
+
+
+def _alone(
+    client: Mapping[str, Any],
+    pipeline: str,
+    judge: Callable[[], Facts | None],
+    first: Callable[[], tuple[list[Record], Offsets]],
+    *,
+    patience: float,
+) -> Facts | None:
+    """Judge and write as one step: a new producer of that name ends what others have started and not committed.
+
+    Returns what the judgement found to stand in the way, or None where it was written.
+    """
+    deadline = monotonic() + patience
+    with closing(Transactions(client, f"tallyman-{pipeline}-begin", within=COMMIT_S)) as transactions:
+        while True:
+            transactions.renew()
+            if (begun := judge()) is not None:
+                return begun
+            try:
+                transactions.run(*first())
+            except (Abandoned, OutcomeUnknown) as failed:
+                if monotonic() > deadline:
+                    raise Unreachable(f"the pipeline {pipeline} could not begin: {failed}") from None
+            else:
+                return None
+            # Another process is at it: in their haste they could keep each other from it for ever.
+            let_it = monotonic() + random.uniform(1.0, 4.0)  # noqa: S311 - not a secret
+            while monotonic() < let_it:
+                if (begun := judge()) is not None:
+                    return begun
+                sleep(AGAIN_S)
+
+
+def _first(
+    client: Mapping[str, Any], topics: Topics, facts: Facts, changes: Mapping[int, Changes], *, with_stage_2: bool
+) -> tuple[list[Record], Offsets]:
+    """The records and offsets of the first commit of these partitions of stage 1, and of all of stage 2."""
+    spread = log_sizes(client, topics)[Log.TOTALS]
+    first: dict[Stage, Mapping[int, Changes]] = {Stage.AGGREGATE: changes}
+    if with_stage_2:
+        first[Stage.DELIVER] = {partition: Changes(0) for partition in range(spread)}
+    records: list[Record] = []
+    for stage, of_stage in first.items():
+        topic = topics.state(stage)
+        for partition, changed in of_stage.items():
+            records.extend(Record(topic, partition, key, value) for key, value in changed.puts.items())
+            position = Position(changed.offset, 1, spread, facts)
+            records.append(Record(topic, partition, POSITION_KEY, encode_position(position)))
+    offsets = [TopicPartition(facts.topic, partition, changed.offset) for partition, changed in changes.items()]
+    with closing(reader(client, topics.group(Stage.AGGREGATE), committed=True)) as nobody:
+        return records, Offsets(offsets, nobody.consumer_group_metadata())
+
+
+def _check_empty(client: Mapping[str, Any], topics: Topics, facts: Facts) -> None:
+    anew = (
+        "The state was lost, or a topic was deleted. Starting anew would bill again what has been billed: bring the "
+        "topics back from a backup, or `tallyman reset --bill-from T` starts over with events from T on."
+    )
+    logs = log_sizes(client, topics)
+    if any(ends_of(client, topics.totals, range(logs[Log.TOTALS])).values()):
+        raise StorageError(f"{topics.aggregate_state} is empty, but {topics.totals} is not. {anew}")
+    if positions(client, topics, Stage.DELIVER):
+        raise StorageError(f"{topics.aggregate_state} is empty, but {topics.deliver_state} is not. {anew}")
+    for stage, count in ((Stage.AGGREGATE, facts.partitions), (Stage.DELIVER, logs[Log.TOTALS])):
+        if witnessed(client, topics, stage, facts.topic, range(count)):
+            raise StorageError(f"{topics.aggregate_state} is empty, but {topics.group(stage)} has read before. {anew}")

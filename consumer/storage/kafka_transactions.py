@@ -1,0 +1,249 @@
+"""One commit is one Kafka transaction; what can go wrong in it, and what that means for who commits."""
+
+from collections.abc import Iterable, Mapping
+from threading import Lock
+from time import monotonic
+from typing import Any, Final, NamedTuple, NoReturn
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from consumer.storage import StorageError
+from consumer.storage.kafka_client import Unreachable, asked
+from consumer.storage.kafka_records import Headers
+from consumer.storage.kafka_topics import LARGEST_RECORD
+
+TRANSACTION_S: Final = 15
+"""After so long the broker aborts what nobody ends. Whoever takes over a partition waits for that, at worst."""
+COMMIT_S: Final = 10.0
+"""Bounds each wait of a commit: for acknowledgements, for the group, for the end of the transaction."""
+ABORT_S: Final = 5.0
+POLL_S: Final = 0.05
+
+
+class Abandoned(StorageError):
+    """The commit was aborted: nothing of it is there, or ever will be.
+
+    The caller drops the state of the partitions that it named, restores them and goes on.
+    """
+
+
+class Refused(Abandoned):
+    """The group says that this process is no member, or not any more: others own its partitions now.
+
+    The caller drops the state of all its partitions and waits to be assigned some. ``reason`` is the broker's, or
+    ``not_a_member`` where the consumer knows it by itself.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class OutcomeUnknown(StorageError):
+    """Whether the commit was made is not known. It was made as a whole or not at all.
+
+    The caller drops the state of the partitions that it named and restores them; what is restored tells. Sending or
+    counting anything before that bills twice.
+    """
+
+
+class Fenced(OutcomeUnknown):
+    """The broker has given up our producer: it was silent for too long, or another one has taken its place.
+
+    The caller drops the state of all its partitions and restores them. The next commit has a new producer.
+    """
+
+
+class Record(NamedTuple):
+    """One record to produce."""
+
+    topic: str
+    partition: int
+    key: bytes
+    value: bytes | None
+    headers: Headers | None = None
+
+
+class Offsets(NamedTuple):
+    """What becomes the offsets of a group with the transaction, in the name of this member."""
+
+    offsets: list[TopicPartition]
+    member: bytes
+
+
+_REFUSALS: Final = frozenset(
+    {"ILLEGAL_GENERATION", "UNKNOWN_MEMBER_ID", "FENCED_INSTANCE_ID", "STALE_MEMBER_EPOCH", "FENCED_MEMBER_EPOCH"}
+)
+_TOO_LARGE: Final = frozenset({"MSG_SIZE_TOO_LARGE", "_MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"})
+_LASTING: Final = frozenset(
+    {
+        *("TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED", "TRANSACTIONAL_ID_AUTHORIZATION_FAILED"),
+        *("CLUSTER_AUTHORIZATION_FAILED", "SASL_AUTHENTICATION_FAILED", "_AUTHENTICATION"),
+        *("_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_OR_PART", "INVALID_RECORD", "POLICY_VIOLATION"),
+        *("INVALID_TRANSACTION_TIMEOUT", "INVALID_TIMESTAMP", "_UNSUPPORTED_FEATURE"),
+    }
+)
+"""Restoring and trying again would meet the same error for ever: a person has to look."""
+
+
+class Transactions:
+    """One transactional producer at a time, under one ``transactional.id``; one transaction at a time."""
+
+    def __init__(self, client: Mapping[str, Any], name: str, *, within: float) -> None:
+        """``name`` is the transactional id. ``within`` bounds, in seconds, each of a transaction's waits."""
+        self.name = name
+        self._client = client
+        self._within = within
+        self._producer: Producer | None = None
+        self._failed: tuple[str, KafkaError] | None = None
+        self._lock = Lock()
+
+    def settle(self) -> None:
+        """Have a producer, and nothing under our name that is neither committed nor aborted.
+
+        Raises:
+            Unreachable: Kafka does not answer.
+        """
+        with self._lock:
+            if self._producer is None:
+                self._producer = self._fresh()
+
+    def renew(self) -> None:
+        """A new producer; from here on no other process can commit under our name."""
+        with self._lock:
+            self._drop()
+            self._producer = self._fresh()
+
+    def close(self) -> None:
+        """End the producer. A transaction never stays open between two calls."""
+        with self._lock:
+            self._drop()
+
+    def run(self, records: Iterable[Record], offsets: Offsets | None = None) -> None:
+        """Make the records and the offsets durable, all or none.
+
+        Raises:
+            Abandoned, Refused, OutcomeUnknown, Fenced: see there.
+            StorageError: it cannot be written, now or later: a person has to look. Nothing of it is there.
+        """
+        with self._lock:
+            if self._producer is None:
+                try:
+                    self._producer = self._fresh()
+                except Unreachable as failed:
+                    raise Abandoned(str(failed)) from None
+            producer, self._failed = self._producer, None
+            try:
+                producer.begin_transaction()
+                self._produce(producer, records)
+                if offsets is not None:
+                    producer.send_offsets_to_transaction(*offsets, self._within)
+            except KafkaException as failed:
+                self._give_up(producer, failed.args[0])
+            except BaseException:
+                self._abort(producer)
+                raise
+            self._commit(producer)
+
+    def _produce(self, producer: Producer, records: Iterable[Record]) -> None:
+        deadline = monotonic() + self._within
+        produce = producer.produce
+        for topic, partition, key, value, headers in records:
+            while True:
+                try:
+                    if headers:
+                        produce(topic, value, key, partition, headers=headers)
+                    else:
+                        produce(topic, value, key, partition)
+                    break
+                except BufferError:
+                    if monotonic() > deadline:
+                        raise _late(f"{len(producer)} records wait to be sent") from None
+                    producer.poll(POLL_S)
+                except KafkaException as failed:
+                    self._failed = topic, failed.args[0]
+                    raise
+        # Here, not within the commit: as long as this takes, the outcome is known.
+        left = producer.flush(max(1.0, deadline - monotonic()))
+        if self._failed is not None:
+            raise KafkaException(self._failed[1])
+        if left:
+            raise _late(f"{left} records are not acknowledged")
+
+    def _commit(self, producer: Producer) -> None:
+        deadline = monotonic() + self._within
+        while True:
+            try:
+                return producer.commit_transaction(max(1.0, deadline - monotonic()))
+            except KafkaException as failed:
+                error = failed.args[0]
+                if error.txn_requires_abort():
+                    self._give_up(producer, error)
+                if error.fatal() or not error.retriable() or monotonic() > deadline:
+                    self._drop()
+                    kind = Fenced if error.fatal() else OutcomeUnknown
+                    raise kind(f"whether the commit was made is not known: {_told(error)}") from None
+            except BaseException:
+                self._drop()
+                raise
+
+    def _give_up(self, producer: Producer, error: KafkaError) -> NoReturn:
+        """Abort, and say what it was."""
+        topic, cause = self._failed or (None, error)
+        if error.fatal():
+            self._drop()
+            raise Fenced(f"the producer {self.name} is of no use any more: {_told(error)}") from None
+        self._abort(producer)
+        if error.name() in _REFUSALS:
+            raise Refused(error.name(), f"the group refused the commit, nothing of it is there: {_told(error)}")
+        if cause.name() in _TOO_LARGE:
+            raise StorageError(
+                f"a record is too large for the topic {topic}: raise its max.message.bytes to {LARGEST_RECORD}, which "
+                f"is the most that is ever written. Nothing of the commit was kept ({_told(cause)})."
+            )
+        if cause.name() in _LASTING:
+            where = f" to the topic {topic}" if topic else ""
+            raise StorageError(f"Kafka refuses what is written{where}, nothing of it was kept: {_told(cause)}")
+        raise Abandoned(f"the commit was given up, nothing of it is there: {_told(cause)}")
+
+    def _abort(self, producer: Producer) -> None:
+        try:
+            producer.abort_transaction(ABORT_S)
+        except KafkaException:
+            # The next producer under our name, or else the broker, aborts it.
+            self._drop()
+
+    def _fresh(self) -> Producer:
+        settings = {
+            "transactional.id": self.name,
+            "transaction.timeout.ms": TRANSACTION_S * 1000,
+            "message.timeout.ms": TRANSACTION_S * 1000,
+            "compression.type": "lz4",
+            "linger.ms": 5,
+            "queue.buffering.max.messages": 200_000,
+            "queue.buffering.max.kbytes": 131_072,
+            "batch.size": 900_000,
+            "message.max.bytes": LARGEST_RECORD,
+            "delivery.report.only.error": True,
+            "on_delivery": self._delivered,
+        }
+        producer = Producer({**self._client, **settings})
+        asked(producer.init_transactions, f"the producer {self.name}", within=self._within)
+        return producer
+
+    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None and (self._failed is None or self._failed[1].name().startswith("_PURGE")):
+            self._failed = message.topic() or "", error
+
+    def _drop(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.purge(blocking=False)
+
+
+def _late(what: str) -> KafkaException:
+    return KafkaException(KafkaError(KafkaError._TIMED_OUT, what))  # noqa: SLF001 - how the client names its own errors
+
+
+def _told(error: KafkaError) -> str:
+    return f"{error.name()}, {error.str()}"
