@@ -19,7 +19,7 @@ from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record
 from consumer.aggregate.clock import QuietClock, Reading
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.runtime.clocks import Clock
-from consumer.runtime.source import Source, SourceError
+from consumer.runtime.source import Ends, Source, SourceError
 from consumer.storage import Stage, Store
 
 log = structlog.get_logger()
@@ -29,6 +29,9 @@ BATCH: Final = 500
 BATCH_S: Final = 0.05
 LOOK_AGAIN_MS: Final = 1_000
 """How often quiet and waiting partitions are looked at."""
+LOOK_AT_TOPIC_MS: Final = 10_000
+SAY_AGAIN_MS: Final = 10_000
+"""The group is told again after so long: what it was told may be lost, or overtaken by what it was told before."""
 END_S: Final = 0.9
 """How long the loop waits to be told the end of a log; it has to notice within a second that it is to stop."""
 CLOSE_S: Final = 5.0
@@ -62,6 +65,7 @@ class Partition:
 class Committed:
     """What the last commit made durable of one partition; metrics show it, so that no crash falsifies them."""
 
+    offset: int
     book: PartitionBook
     meters: Mapping[str, MeterBook]
 
@@ -79,9 +83,10 @@ class Intake:
         open_keys: int,
         witness: Callable[[], Reading | None],
         committed: Callable[[], None],
+        ends: Callable[[], Ends] = Ends,
     ) -> None:
         """``commit_every`` is in milliseconds. ``witness`` is another clock than ours, if one has been heard of lately.
-        ``committed`` is told after each commit, from this loop's thread.
+        ``committed`` is told after each commit, from this loop's thread. ``ends``: where the state's logs end.
         """
         self._source = source
         self._store = store
@@ -90,9 +95,13 @@ class Intake:
         self._open_keys = open_keys
         self._outside_witness = witness
         self._tell_committed = committed
+        self._ends = ends
+        self._said: tuple[Ends, dict[int, int]] | None = None
+        """What the group was told last."""
+        self._said_at = clock.elapsed()
         self._broker_witness: Reading | None = None
         self._consumer: Consumer = source.consumer()
-        self._committed_at = self._looked_at = self._heard_at = clock.elapsed()
+        self._committed_at = self._looked_at = self._looked_at_topic = self._heard_at = clock.elapsed()
         self._draining = False
         """Whether the last commit left windows to close, more than one commit may."""
         self.partitions: dict[int, Partition] = {}
@@ -117,8 +126,6 @@ class Intake:
         self._consumer.assign(taken)
         # A partition that was paused when it was last ours would stay so, and starve in silence.
         self._consumer.resume(taken)
-        # Kafka forgets the offsets of a group that commits nothing for a week.
-        self._bear_witness({number: each.offset for number, each in aggregators.items()})
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Go round until ``stopping``, then commit once more.
@@ -129,6 +136,7 @@ class Intake:
             while not stopping():
                 self._turn()
             self._commit()
+            self._bear_witness(self._clock.elapsed())
         finally:
             # It waits for brokers that may be gone; by now nothing depends on it.
             closing = Thread(target=self._consumer.close, daemon=True)
@@ -146,6 +154,10 @@ class Intake:
             self._looked_at = elapsed
             self._release_held(now, elapsed)
             self._look_at_ends()
+            self._bear_witness(elapsed)
+        if elapsed - self._looked_at_topic >= LOOK_AT_TOPIC_MS:
+            self._looked_at_topic = elapsed
+            self._look_at_topic()
         if self._commit_is_due(elapsed):
             self._commit()
         self.turned = elapsed
@@ -208,7 +220,7 @@ class Intake:
         quiet = {
             number: partition
             for number, partition in self.partitions.items()
-            if not partition.held and partition.aggregator.closes_by(now)
+            if not (partition.held or partition.aggregator.closing) and partition.aggregator.closes_by(now)
         }
         if quiet or self.kafka_silent_since is not None or elapsed - self._heard_at >= LOOK_AGAIN_MS:
             ends = self._asked_ends(now)
@@ -222,6 +234,23 @@ class Intake:
             limit = partition.quiet.limit(now, elapsed, witness)
             if ends[number] <= partition.read_to and partition.aggregator.closes_by(limit):
                 partition.aggregator.advance(limit)
+
+    def _look_at_topic(self) -> None:
+        """By itself the client reads on in a topic that was created anew, wherever it was, and in no new partition."""
+        try:
+            topic_id, partitions = self._source.topic_now(END_S)
+        except SourceError:
+            return
+        if any(partition.aggregator.source.topic_id != topic_id for partition in self.partitions.values()):
+            raise IntakeStopped(
+                f"the topic {self._source.topic} was deleted and created again while it was read: its records are "
+                "others. Start again to see what to do."
+            )
+        if partitions > len(self.partitions):
+            raise IntakeStopped(
+                f"the topic {self._source.topic} has {partitions} partitions now, and {len(self.partitions)} are read. "
+                "Nothing is lost: start again, and the new ones are read from their beginning."
+            )
 
     def _asked_ends(self, now: int) -> dict[int, int]:
         try:
@@ -270,21 +299,28 @@ class Intake:
             self._note(number)
         took = (self._clock.elapsed() - began) / 1000
         self.last_commit = self._clock.now(), took
-        self._bear_witness({number: each.offset for number, each in changes.items()})
         self._tell_committed()
         self._draining = any(partition.aggregator.closing for partition in self.partitions.values())
         log.debug("committed", offsets={n: c.offset for n, c in changes.items()}, seconds=took)
 
     def _note(self, number: int) -> None:
         aggregator = self.partitions[number].aggregator
-        self.committed[number] = Committed(deepcopy(aggregator.book), deepcopy(aggregator.meter_books))
+        books = deepcopy(aggregator.book), deepcopy(aggregator.meter_books)
+        self.committed[number] = Committed(aggregator.offset, *books)
 
-    def _bear_witness(self, offsets: Mapping[int, int]) -> None:
-        """Let the group's offsets follow the state, so that a lost state is noticed. The state does not wait for it."""
+    def _bear_witness(self, elapsed: int) -> None:
+        """Let the group follow the state, so that a lost or an older file is noticed. The state does not wait for it.
+
+        Offsets alone say nothing of a quiet day on which totals were closed and sent: hence the ends of the logs.
+        """
+        said = self._ends(), {number: committed.offset for number, committed in self.committed.items()}
+        if said == self._said and elapsed - self._said_at < SAY_AGAIN_MS:
+            return
+        self._said, self._said_at = said, elapsed
+        topic, note = self._source.topic, str(said[0])
         try:
-            self._consumer.commit(
-                offsets=[TopicPartition(self._source.topic, n, o) for n, o in offsets.items()], asynchronous=True
-            )
+            offsets = [TopicPartition(topic, number, offset, note) for number, offset in said[1].items()]
+            self._consumer.commit(offsets=offsets, asynchronous=True)
         except KafkaException as failed:
             log.warning("group_offsets_not_committed", reason=str(failed))
 

@@ -25,7 +25,7 @@ from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
 from consumer.runtime.metrics import Requests, State
 from consumer.runtime.reporter import Reporter
-from consumer.runtime.source import Source, Topic
+from consumer.runtime.source import Ends, Source, Topic
 from consumer.runtime.stripe import Stripe
 from consumer.storage import Changes, Log, Stage
 from consumer.storage.sqlite import Facts, SqliteStore
@@ -125,9 +125,14 @@ def begin(config: Config, store: SqliteStore, source: Source, topic: Topic, *, b
     facts = Facts(config.pipeline, topic.cluster_id, topic.name, topic.topic_id, bill_from, topic.partitions, now)
     offsets = source.starts(range(topic.partitions), bill_from - READ_BEFORE_MS)
     store.begin(facts, _unread(config, topic, bill_from, offsets))
-    source.commit(offsets)
+    source.commit(offsets, ends_of(store))
     log.info("first_start", pipeline=config.pipeline, bill_from=start.shown(bill_from), offsets=offsets)
     return facts
+
+
+def ends_of(store: SqliteStore) -> Ends:
+    """Where the state's logs end."""
+    return Ends(store.end(Log.TOTALS), store.end(Log.OUTCOMES))
 
 
 def _unread(config: Config, topic: Topic, bill_from: int, offsets: Mapping[int, int]) -> dict[int, Changes]:
@@ -172,6 +177,7 @@ class _Service:
             open_keys=config.limits.open_keys,
             witness=lambda: stripe.date,
             committed=self._tell_reporter,
+            ends=lambda: ends_of(self._store),
         )
         customers_file = (
             CustomerFile(config.customers.path) if isinstance(config.customers, CustomerFileConfig) else None
@@ -261,6 +267,8 @@ class _Service:
         else:
             offsets = store.offsets(Stage.AGGREGATE)
             new = start.next_start(config.pipeline, config.bill_from, facts, offsets, found, place=place)
+            said = self._source.committed_ends(everywhere)
+            start.check_newest(ends_of(store), said, self._source.group, place=place)
             if new:
                 offsets = {partition: found.beginnings[partition] for partition in new}
                 store.grow(topic.partitions, _unread(config, topic, facts.bill_from, offsets))

@@ -1,12 +1,20 @@
 """The source topic, as the service asks Kafka about it; see docs/decisions/0001 for what the client answers and why."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from time import monotonic, sleep
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._listoffsets import OffsetSpec
@@ -16,6 +24,7 @@ T = TypeVar("T")
 
 REQUEST_S: Final = 10.0
 AGAIN_S: Final = 0.1
+_NOTE: Final = re.compile("totals ([0-9]+) outcomes ([0-9]+)")
 _MOVING: Final = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -44,6 +53,17 @@ class Topic:
     topic_id: str
     partitions: int
     log_append_time: bool
+
+
+class Ends(NamedTuple):
+    """The ends of a state's logs, which the group keeps beside its offsets."""
+
+    totals: int = 0
+    outcomes: int = 0
+
+    def __str__(self) -> str:
+        """As it stands in the metadata of the group's offsets."""
+        return f"totals {self.totals} outcomes {self.outcomes}"
 
 
 class Source:
@@ -115,23 +135,42 @@ class Source:
 
     def committed(self, partitions: Iterable[int]) -> dict[int, int]:
         """The group's offsets, as far as it has committed any."""
-        asked = [TopicPartition(self.topic, p) for p in partitions]
+        return {p.partition: p.offset for p in self._committed(partitions)}
 
-        def ask() -> dict[int, int]:
-            with closing(self.consumer()) as consumer:
-                return {p.partition: p.offset for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0}
+    def committed_ends(self, partitions: Iterable[int]) -> Ends:
+        """The ends of the state's logs that the group has seen."""
+        said = [_NOTE.fullmatch(p.metadata or "") for p in self._committed(partitions)]
+        seen = [Ends(int(each[1]), int(each[2])) for each in said if each]
+        return Ends(max((e.totals for e in seen), default=0), max((e.outcomes for e in seen), default=0))
 
-        return self._answer(ask)
-
-    def commit(self, offsets: Mapping[int, int]) -> None:
+    def commit(self, offsets: Mapping[int, int], ends: Ends) -> None:
         """Make these the group's offsets, now."""
-        asked = [TopicPartition(self.topic, p, offset) for p, offset in offsets.items()]
+        asked = [TopicPartition(self.topic, p, offset, str(ends)) for p, offset in offsets.items()]
 
         def ask() -> None:
             with closing(self.consumer()) as consumer:
                 consumer.commit(offsets=asked, asynchronous=False)
 
         self._answer(ask)
+
+    def topic_now(self, timeout: float) -> tuple[str, int]:
+        """The topic's id and its number of partitions."""
+
+        def ask() -> tuple[str, int]:
+            topics = self._admin.describe_topics(TopicCollection([self.topic]), request_timeout=timeout)
+            found = topics[self.topic].result()
+            return str(found.topic_id), len(found.partitions)
+
+        return self._answer(ask, timeout)
+
+    def _committed(self, partitions: Iterable[int]) -> list[TopicPartition]:
+        asked = [TopicPartition(self.topic, p) for p in partitions]
+
+        def ask() -> list[TopicPartition]:
+            with closing(self.consumer()) as consumer:
+                return [p for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0]
+
+        return self._answer(ask)
 
     def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, timeout: float = REQUEST_S) -> dict[int, int]:
         asked = {TopicPartition(self.topic, p): spec for p in partitions}

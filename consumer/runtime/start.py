@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from consumer.runtime.source import Topic
+from consumer.runtime.source import Ends, Topic
 from consumer.storage.sqlite import Facts
 
 LONGEST_BACK: Final = timedelta(days=34)
@@ -97,6 +97,17 @@ def next_start(
             )
         check_within(found, partition, offset)
     return range(state.partitions, found.topic.partitions)
+
+
+def check_newest(ends: Ends, said: Ends, group: str, *, place: str) -> None:
+    """Raise ``StartRefused`` where the state's logs end before what the group has seen of them."""
+    for what, here, seen in (("totals", ends.totals, said.totals), ("outcomes", ends.outcomes, said.outcomes)):
+        if here < seen:
+            raise StartRefused(
+                f"{place} ends its {what} log at {here}, but the group {group} has seen it end at {seen}: the file is "
+                "older than what has been billed. Put back the newest one; `tallyman reset --bill-from T` archives "
+                "the state and starts over with events from T on."
+            )
 
 
 def check_within(found: Found, partition: int, offset: int) -> None:

@@ -187,11 +187,12 @@ def test_records_that_are_not_read_yet_hold_a_quiet_partition_back(kafka: Kafka,
     """What lies unread decides which revision it belongs to by its arrival: its window must still be open."""
     topic = Topic.create(kafka)
     reader = reading(topic)
-    topic.produce(event(3))
+    now = real_now()
+    topic.produce(event(3, at=now))
     reader.consume(1)
     partition = reader.partition()
     reader.intake._consumer.pause([TopicPartition(topic.name, 0)])  # as a fetch that takes its time
-    topic.produce(event(4))
+    topic.produce(event(4, at=now))
     reader.clock.pass_time(CLOSED_AFTER)
     reader.look()
     assert reader.totals == []
@@ -209,10 +210,11 @@ def test_an_open_transaction_holds_a_quiet_partition_back_until_it_ends(
     """Its records arrived in time and may yet be committed; its marker, which is no record, must not hold on."""
     topic = Topic.create(kafka)
     reader = reading(topic)
-    topic.produce(event(3))
+    now = real_now()
+    topic.produce(event(3, at=now))
     reader.consume(1)
     with topic.transaction() as (producer, append):
-        append(event(4))
+        append(event(4, at=now))
         append.flush()
         reader.clock.pass_time(CLOSED_AFTER)
         reader.look()
@@ -411,6 +413,18 @@ def test_a_record_dated_ahead_makes_its_partition_wait_and_others_go_on(kafka: K
     assert reader.partition(0).held == []
     assert reader.partition(0).aggregator.meter_books["tokens"].value == (500_500 + 3) * totals.SCALE
     assert reader.partition(0).aggregator.book.dead == {}
+
+
+def test_what_the_client_hands_out_of_a_partition_that_waits_waits_too(kafka: Kafka, reading: Reading_) -> None:
+    """It may have been on its way when the partition was paused; the client does not fetch it again."""
+    topic = Topic.create(kafka)
+    reader = reading(topic)
+    reader.clock.jump(-6 * MINUTE)
+    topic.produce(event(1))
+    reader.turn(lambda: reader.partition().held, "the partition waits")
+    topic.produce(event(2))
+    reader.intake._take(0, the_log(topic)[1:], reader.clock.now(), reader.clock.elapsed())
+    assert [offset for offset, *_ in reader.partition().held] == [0, 1]
 
 
 def test_a_reader_that_stops_while_it_waits_loses_nothing(kafka: Kafka, reading: Reading_) -> None:

@@ -99,7 +99,7 @@ def test_kills_at_any_moment_change_neither_totals_nor_counters(on: Bench) -> No
             producer.produce(topic.name, None, partition=partition, timestamp=real_now())
         producer.flush(30.0)
 
-    produced = threading.Thread(target=produce)
+    produced = threading.Thread(target=produce, daemon=True)
     produced.start()
     seen: dict[object, float] = {}
     for _ in range(5):
@@ -139,6 +139,7 @@ def test_kafka_may_go_and_come_back_under_the_service(own_kafka: LocalKafka, tmp
         service.until_consumed(1)
         assert service.get("/readyz") == (200, "ok\n")
         own_kafka.stop()
+        service.clock.pass_time(10 * SECOND)
         service.until(lambda: "Kafka has not answered since" in service.get("/readyz")[1], "readiness shows it")
         assert service.get("/readyz")[0] == 503
         assert service.get("/healthz")[0] == 200
@@ -349,11 +350,15 @@ def test_who_is_unmapped_waits_for_the_file_and_who_is_null_is_not_billed(on: Be
 
 
 def test_hold_counts_and_sends_nothing_and_send_sends_it_later(on: Bench) -> None:
-    topic = past_topic(on)
+    topic = Topic.create(on.kafka)
+    now = real_now()
+    topic.produce(event(1, at=now, customer="cus_a"), event(2, at=now, customer="cus_b"))
     service = on.service(topic, stripe={"mode": "hold"})
     service.start()
-    past_events(topic, {"cus_a": 1, "cus_b": 2}, at=real_now() - HOUR)
+    service.until_consumed(2)
+    service.clock.pass_time(4 * MINUTE)
     service.until(lambda: in_state(service, "unread") == 2, "both are counted and closed")
+    service.clock.pass_time(HOUR)
     assert service.metrics().sum("tallyman_oldest_pending_total_age_seconds") > 3_000
     service.stop()
     assert on.stripe.model.stats["requests"] == 0
@@ -376,7 +381,8 @@ def test_hold_after_send_leaves_no_doubt_about_what_it_holds(on: Bench) -> None:
     service.start()
     write(file, {"late": "cus_late"})
     service.until(lambda: in_state(service, "pending") == 1, "it is released, and held")
-    service.stop()
+    service.until(lambda: service.metrics().sum("tallyman_parked_totals") == 0, "that is committed")
+    service.kill()
     service.clock.pass_time(2 * DAY)
     on.stripe.clock.advance(2 * DAY / 1000)
     service.set(stripe={"mode": "send"})

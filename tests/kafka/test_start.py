@@ -11,12 +11,16 @@ import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, TopicPartition
 from confluent_kafka.cimpl import NewPartitions
 
+from consumer.config import load
+from consumer.runtime import service
 from consumer.sandbox.kafka import Kafka
-from consumer.storage import Stage
+from consumer.storage import Changes, Stage, StorageError
+from consumer.storage.sqlite import Facts, SqliteStore
 from tests.kafka.harness import (
     DAY,
     HOUR,
     MINUTE,
+    SECOND,
     Bench,
     Service,
     Topic,
@@ -49,6 +53,13 @@ def group_offsets(service: Service) -> dict[int, int]:
     asked = ConsumerGroupTopicPartitions(service.group)
     found = service.topic.admin.list_consumer_group_offsets([asked])[service.group].result(10.0).topic_partitions
     return {each.partition: each.offset for each in found or []}
+
+
+def group_notes(service: Service) -> set[str | None]:
+    """What stands beside the group's offsets."""
+    asked = ConsumerGroupTopicPartitions(service.group)
+    found = service.topic.admin.list_consumer_group_offsets([asked])[service.group].result(10.0).topic_partitions
+    return {each.metadata for each in found or []}
 
 
 def read_to(service: Service, partition: int = 0) -> int:
@@ -166,6 +177,35 @@ def test_partitions_that_are_added_are_read_from_their_beginning(on: Bench) -> N
     assert f"{topic.name} had 4 partitions and has 3" in service.refuses()
 
 
+def test_a_topic_that_is_created_again_under_the_running_service_stops_it(on: Bench) -> None:
+    """The client would go on in the new topic at the old one's offset, and what lies before it would be lost."""
+    topic = Topic.create(on.kafka)
+    topic.produce(event(1), event(1))
+    service = on.service(topic)
+    service.start()
+    service.until_consumed(2)
+    topic.admin.delete_topics([topic.name], operation_timeout=30.0)[topic.name].result(30.0)
+    until(lambda: topic.name not in topic.admin.list_topics(timeout=10.0).topics, "the topic is gone")
+    on.kafka.create_topic(topic.name)
+    topic.produce(*(event(10) for _ in range(5)))
+    service.clock.pass_time(10 * SECOND)
+    assert "was deleted and created again while it was read" in service.fails()
+    assert "Offsets and identifiers of one mean nothing in the other" in service.refuses()
+
+
+def test_partitions_that_are_added_under_the_running_service_make_it_start_again(on: Bench) -> None:
+    """They would lie unread until somebody notices."""
+    topic = Topic.create(on.kafka)
+    service = on.service(topic)
+    service.start()
+    topic.admin.create_partitions([NewPartitions(topic.name, 2)])[topic.name].result(30.0)
+    until(lambda: len(topic.admin.list_topics(topic.name, timeout=5.0).topics[topic.name].partitions) == 2, "two")
+    topic.produce(event(10), partition=1)
+    service.clock.pass_time(10 * SECOND)
+    assert "has 2 partitions now, and 1 are read. Nothing is lost: start again" in service.fails()
+    has_run(service, until_records=1)
+
+
 # The log has moved under the state
 
 
@@ -220,12 +260,27 @@ def test_a_lost_file_is_refused(on: Bench) -> None:
 
 
 def test_a_file_that_is_lost_before_anything_was_read_is_refused(on: Bench) -> None:
+    """Killed as soon as it has started, and yet the group knows that there was a state."""
     service = on.service(Topic.create(on.kafka))
     service.start()
-    service.stop()
+    service.kill()
     for file in service.state.parent.glob("tallyman.db*"):
         file.unlink()
     assert "holds no state, but the consumer group" in service.refuses()
+
+
+def test_a_first_start_that_fails_leaves_no_witness_of_a_state_that_never_was(on: Bench) -> None:
+    """Otherwise it could not be repeated: the next one would look for what was lost."""
+    harness = on.service(Topic.create(on.kafka))
+    config = load(harness.write(), harness.environ)
+    source = service.kafka_source(config, harness.group)
+    topic = source.describe()
+    facts = Facts("p", topic.cluster_id, topic.name, topic.topic_id, 0, 1, 0)
+    with SqliteStore.open(harness.state, now=harness.clock.now, create=True, lock=True) as store:
+        store.begin(facts, {0: Changes(0)})
+        with pytest.raises(StorageError, match="has begun already"):
+            service.begin(config, store, source, topic, bill_from=real_now(), now=0)
+    assert group_offsets(harness) == {}
 
 
 def test_an_older_copy_of_the_file_is_refused(on: Bench) -> None:
@@ -241,6 +296,33 @@ def test_an_older_copy_of_the_file_is_refused(on: Bench) -> None:
     shutil.copy(copy, service.state)
     refused = service.refuses()
     assert f"has read partition 0 up to 1, but the group {service.group} up to 2" in refused
+
+
+def test_an_older_copy_from_before_a_quiet_days_totals_is_refused(on: Bench) -> None:
+    """Nothing was read since, but totals were sent, and a day later Stripe would take them again."""
+    topic = Topic.create(on.kafka, arrival="create_time")
+    past_events(topic, {"cus_a": 5}, at=real_now() - HOUR)
+    service = on.service(topic, stripe={"mode": "hold"})
+    service.start()
+    service.until(lambda: len(service.totals()) == 1, "its total is made")
+    service.stop()
+    copy = service.folder / "backup.db"
+    shutil.copy(service.state, copy)
+    service.set(stripe={"mode": "send"})
+    service.start()
+    service.until(lambda: on.billed() == {"cus_a": "5"}, "it is billed")
+    service.until(lambda: group_notes(service) == {"totals 2 outcomes 2"}, "the group has heard of it")
+    service.stop()
+    newest = service.folder / "newest.db"
+    shutil.copy(service.state, newest)
+    shutil.copy(copy, service.state)
+    service.clock.pass_time(25 * HOUR)
+    on.stripe.clock.advance(25 * HOUR / 1000)
+    assert "ends its outcomes log at 1, but the group" in service.refuses()
+    shutil.copy(newest, service.state)
+    service.start()
+    service.stop()
+    assert on.billed() == {"cus_a": "5"}
 
 
 def test_a_state_without_group_offsets_is_trusted_and_gets_its_witness_back(on: Bench) -> None:
