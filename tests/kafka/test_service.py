@@ -64,6 +64,7 @@ def test_a_stop_is_orderly_and_soon_and_keeps_what_was_read(on: Bench) -> None:
     past_events(topic, {"cus_a": 5, "cus_b": 7}, at=real_now() - HOUR)
     past_events(topic, {"cus_a": 1}, at=real_now() - HOUR, partition=1)
     service.until(lambda: service.metrics().sum("tallyman_open_keys") == 3, "all is read, and nothing committed")
+    assert service.metrics().sum("tallyman_consumed_total") == 0, "counters show what no crash takes back"
     assert service.stop() < 5, "a second and a commit, on a machine that is not busy"
     assert sorted((total.customer, total.value) for total in service.totals()) == [
         ("cus_a", "1"),
