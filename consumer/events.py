@@ -79,7 +79,7 @@ _STRING: Final = msgspec.json.Decoder(str | None)
 _SCALAR: Final = msgspec.json.Decoder(str | bool | int | None)
 
 
-class _Memory(dict[_Piece, _Value]):
+class Memory(dict[_Piece, _Value]):
     """What a function made of the pieces of text that keep coming back; bounded, since anybody can send new ones."""
 
     def __init__(self, of: Callable[[_Piece], _Value]) -> None:
@@ -243,10 +243,10 @@ def _is_attribute(name: str) -> bool:
     return name.isascii() and name.isalnum() and name == name.lower() and name != "data"
 
 
-_carried_by: Final = _Memory(_carried)
-_envelope_of: Final = _Memory(_envelope)
-_json_by: Final = _Memory(_is_json)
-_attribute_names: Final = _Memory(_is_attribute)
+_carried_by: Final = Memory(_carried)
+_envelope_of: Final = Memory(_envelope)
+_json_by: Final = Memory(_is_json)
+_attribute_names: Final = Memory(_is_attribute)
 
 
 def _is_binary(headers: Sequence[tuple[str, bytes | None]]) -> bool:
@@ -486,9 +486,9 @@ def _rest(text: str) -> int:
     return milliseconds - offset if sign == "+" else milliseconds + offset
 
 
-SECONDS: Final = _Memory(_second)
+SECONDS: Final = Memory(_second)
 """The first 19 characters of a time, in milliseconds since the epoch as if it were UTC; for the hot path."""
-RESTS: Final = _Memory(_rest)
+RESTS: Final = Memory(_rest)
 """What follows them, fraction and offset, in milliseconds to add."""
 
 

@@ -19,10 +19,10 @@ from consumer.aggregate import buckets, ledger
 from consumer.aggregate.buckets import Buckets
 from consumer.aggregate.clock import AGREEMENT
 from consumer.aggregate.counting import FUTURE, Counting, read_by_all
-from consumer.aggregate.duplicates import Chunk, Name, Remembered
+from consumer.aggregate.duplicates import PREFIXES, Chunk, Name, Remembered
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.aggregate.meters import Meter, Source, identifier
-from consumer.aggregate.readers import SURELY_SHORT, Uncountable, paths_of
+from consumer.aggregate.readers import Uncountable, paths_of
 from consumer.deadletters import LARGEST_VALUE, DeadLetter
 from consumer.events import Decoder, Event, Headers, Malformed, parse_time
 from consumer.storage import Append, Changes, Log
@@ -42,6 +42,8 @@ _LONGEST_DETAIL: Final = 500
 
 _USUAL_TIME: Final = 24
 """Characters of a time in UTC with milliseconds."""
+_SECOND: Final = slice(19)
+_AFTER: Final = slice(19, None)
 _NOT_PLAIN: Final = (msgspec.DecodeError, KeyError, RecursionError, ValueError, Uncountable)
 
 _PARTITION_BOOK: Final = b"p"
@@ -95,8 +97,11 @@ class Aggregator:
             )
             for event_type in meter.event_types:
                 self._by_type[event_type] = (*self._by_type.get(event_type, ()), counting)
-        self._only = {kind: all_[0] for kind, all_ in self._by_type.items() if len(all_) == 1 and not all_[0].matches}
-        """The types of which every event counts in one meter."""
+        self._meters = {each for several in self._by_type.values() for each in several}
+        self._only = {
+            kind: all_[0].count for kind, all_ in self._by_type.items() if len(all_) == 1 and not all_[0].matches
+        }
+        """Per type of which every event counts in one meter, how it is counted there."""
         self._accept_late = min((meter.accept_late for meter in rules.meters), default=0)
 
     # Reading
@@ -114,7 +119,7 @@ class Aggregator:
         ahead = now + AGREEMENT
         book, remembered = self.book, self._remembered
         typed, only, seconds, rests = self._decoder.typed, self._only, events.SECONDS, events.RESTS
-        seen, fresh = remembered.seen, remembered.fresh
+        seen, fresh, prefixes = remembered.seen, remembered.fresh, PREFIXES
         arrival, interval = book.arrival, remembered.interval
         earliest, latest = max(self._bill_from, arrival - self._accept_late), arrival + FUTURE
         taken = counted = 0
@@ -131,29 +136,24 @@ class Aggregator:
             if not headers and key is not None and value is not None and stamp <= arrival and value.isascii():
                 try:
                     event = typed(value)
-                    meter = only[event.type]
+                    count = only[event.type]
                     time = event.time or ""
-                    at = seconds[time[:19]] + rests[time[19:]] if len(time) <= _USUAL_TIME else parse_time(time)
-                    source = event.source
-                    digest = xxh64_intdigest(f"{len(source)}:{source}{event.id}".encode())
-                    customer = meter.named(event)
-                    plain = (
-                        customer and len(customer) <= SURELY_SHORT and earliest <= at <= latest and digest not in seen
-                    )
-                    if plain:
-                        quantity = meter.quantity(event)
+                    at = seconds[time[_SECOND]] + rests[time[_AFTER]] if len(time) <= _USUAL_TIME else parse_time(time)
+                    digest = xxh64_intdigest((prefixes[event.source] + event.id).encode())
                 except _NOT_PLAIN:
-                    plain = False
-                if plain and customer:
-                    counted += 1
-                    seen[digest] = interval
-                    fresh.append(digest)
-                    meter.add(at, customer, quantity, offset)
-                    continue
+                    pass
+                else:
+                    if earliest <= at <= latest and digest not in seen and count(at, offset, event):
+                        seen[digest] = interval
+                        fresh.append(digest)
+                        counted += 1
+                        continue
             self._take(record)
         if taken:
             self._changed = True
             self.offset = records[taken - 1][0] + 1
+            for meter in self._meters:
+                meter.book()
             book.consumed += taken
             book.counted += counted
         return taken
@@ -185,12 +185,12 @@ class Aggregator:
         if at < self._bill_from:
             return self._ignore("before_bill_from")
         remembered = self._remembered
-        digest = xxh64_intdigest(f"{len(event.source)}:{event.source}{event.id}".encode())
+        digest = xxh64_intdigest((PREFIXES[event.source] + event.id).encode())
         if remembered.has(digest):
             self.book.duplicate += 1
         else:
             for meter, customer, quantity in read_by_all(meters, event, self.book.arrival - at):
-                meter.add(at, customer, quantity, offset)
+                meter.count(at, offset, None, customer, quantity)
             self.book.counted += 1
         return remembered.remember(digest)
 

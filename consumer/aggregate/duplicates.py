@@ -12,9 +12,15 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
+from consumer.events import Memory
+
 INTERVALS: Final = 24
 IDS_PER_CHUNK: Final = 8_000
 """Digests in one entry: 64 000 bytes, within the 64 KB that a message may have."""
+
+
+PREFIXES: Final[Memory[str, str]] = Memory(lambda source: f"{len(source)}:{source}")
+"""What is hashed before an event's id: its source, with its length, so that no two pairs read alike."""
 
 
 class Name(NamedTuple):

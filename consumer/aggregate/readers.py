@@ -1,8 +1,8 @@
 """What a meter reads from an event: whether it counts it, for whom, and how much."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from decimal import Decimal
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -69,11 +69,52 @@ def customer_reader(meter: Meter, decoder: Decoder) -> Callable[[Event], str]:
     return _customer_at(decoder.raw(meter.customer), meter)
 
 
-def quantity_reader(meter: Meter, decoder: Decoder, rounded: Callable[[], None]) -> Callable[[Event], int]:
-    """How much an event counts, in units of 10⁻¹². Raises ``Uncountable``; tells ``rounded`` when decimals are lost."""
+class Quantity(NamedTuple):
+    """How much an event counts, in units of 10⁻¹²; in pieces for the hot path, and whole."""
+
+    raw: RawText | None
+    """None where the meter counts events."""
+    known: Mapping[bytes, int]
+    """Short texts that came before."""
+    parse: Callable[[bytes], int]
+    """Raises ``Uncountable``."""
+    read: Callable[[Event], int]
+    """Raises ``Uncountable``, also where there is no value."""
+
+
+def quantity_reader(meter: Meter, decoder: Decoder, rounded: Callable[[], None]) -> Quantity:
+    """Compile how a meter reads quantities; ``rounded`` is told when decimals are lost."""
+    decimals, allow_negative = meter.decimals, meter.allow_negative
+    known: dict[bytes, int] = {}
+
+    def parse(text: bytes) -> int:
+        whole, point, fraction = text.partition(b".")
+        # The two plain forms that nearly all events have; everything else is read with care.
+        if len(whole) <= 15 and whole.isdigit() and len(fraction) <= decimals and (fraction.isdigit() or not point):
+            value: int = int(whole + fraction) * _UNIT[len(fraction)]
+        else:
+            try:
+                value, inexact = quantity(text, decimals=decimals, allow_negative=allow_negative)
+            except NotAQuantity as refused:
+                raise Uncountable(refused.reason, f"at {shown(meter.value)}: {refused}") from None
+            if inexact:
+                rounded()
+                return value
+        if len(text) <= _SHORT:
+            known[text] = value
+        return value
+
     if meter.value is None:
-        return lambda _: SCALE
-    return _quantity(decoder.raw(meter.value), meter, rounded)
+        return Quantity(None, known, parse, lambda _: SCALE)
+    raw = decoder.raw(meter.value)
+
+    def read(event: Event) -> int:
+        text = raw(event)
+        if text is UNSET:
+            raise Uncountable("value_missing", f"there is no value at {shown(meter.value)}")
+        return parse(bytes(text))
+
+    return Quantity(raw, known, parse, read)
 
 
 def _condition(get: RawText, allowed: tuple[Scalar, ...]) -> Callable[[Event], bool]:
@@ -153,38 +194,6 @@ def _customer_named(text: bytes, meter: Meter) -> str:
     if len(value.encode()) > LONGEST_CUSTOMER:
         raise Uncountable("customer_too_long", f"the customer is longer than {LONGEST_CUSTOMER} bytes: {value[:60]}…")
     return value
-
-
-def _quantity(get: RawText, meter: Meter, rounded: Callable[[], None]) -> Callable[[Event], int]:
-    decimals, allow_negative = meter.decimals, meter.allow_negative
-    known: dict[bytes, int] = {}
-
-    def read(event: Event) -> int:
-        raw = get(event)
-        if raw is UNSET:
-            raise Uncountable("value_missing", f"there is no value at {shown(meter.value)}")
-        text = bytes(raw)
-        if len(text) <= _SHORT:
-            value = known.get(text)
-            if value is not None:
-                return value
-        whole, point, fraction = text.partition(b".")
-        # The two plain forms that nearly all events have; everything else is read with care.
-        if len(whole) <= 15 and whole.isdigit() and len(fraction) <= decimals and (fraction.isdigit() or not point):
-            value = int(whole + fraction) * _UNIT[len(fraction)]
-        else:
-            try:
-                value, inexact = quantity(text, decimals=decimals, allow_negative=allow_negative)
-            except NotAQuantity as refused:
-                raise Uncountable(refused.reason, f"at {shown(meter.value)}: {refused}") from None
-            if inexact:
-                rounded()
-                return value
-        if len(text) <= _SHORT:
-            known[text] = value
-        return value
-
-    return read
 
 
 def shown(path: Path | str | None) -> str:
