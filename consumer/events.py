@@ -450,15 +450,8 @@ def parse_time(text: str) -> int:
     Raises ValueError for anything else, a time without an offset included. A leap second, 23:59:60 UTC, is the last
     millisecond of its day whatever its fraction: it stays in the minute to which it belongs.
     """
-    rest = text[19:]
-    if len(rest) > 5:
-        # Digits below the millisecond change nothing, and with them no rest would ever come back.
-        zone = -1 if rest[-1] in "Zz" else -6
-        below = rest[4:zone]
-        if below.isdigit() and below.isascii():
-            rest = rest[:4] + rest[zone:]
     try:
-        return SECONDS[text[:19]] + RESTS[rest]
+        return SECONDS[text[:19]] + RESTS[text[19:]]
     except ValueError as error:
         instant = _leap_second(text)
         if instant is not None:
@@ -486,9 +479,21 @@ def _rest(text: str) -> int:
     return milliseconds - offset if sign == "+" else milliseconds + offset
 
 
+class _Rests(Memory[str, int]):
+    """Digits below the millisecond change nothing, and with them no rest would ever come back."""
+
+    def __missing__(self, piece: str) -> int:
+        if len(piece) > 5:
+            zone = -1 if piece[-1] in "Zz" else -6
+            below = piece[4:zone]
+            if below and below.isdigit() and below.isascii():
+                return self[piece[:4] + piece[zone:]]
+        return super().__missing__(piece)
+
+
 SECONDS: Final = Memory(_second)
 """The first 19 characters of a time, in milliseconds since the epoch as if it were UTC; for the hot path."""
-RESTS: Final = Memory(_rest)
+RESTS: Final = _Rests(_rest)
 """What follows them, fraction and offset, in milliseconds to add."""
 
 

@@ -110,28 +110,31 @@ class Counting:
 
         def count(at: int, offset: int, event: Event | None, customer: str | None = None, value: int = SCALE) -> bool:
             nonlocal events, total, start, end, deadline, current
-            if event is not None:
-                try:
+            try:
+                if event is not None:
                     customer = named(event)
+                if current is not None and start <= at < end and partition.clock < deadline:
+                    bucket = current
+                elif partition.clock < (window := at - at % size) + grace:
+                    bucket = current = on_time.get(window) or opened(window, 0)
+                    start, end, deadline = window, window + size, window + grace
+                elif event is None:
+                    bucket = late(window)
+                else:
+                    return False
+                row = bucket.rows.get(customer)  # type: ignore[arg-type]  # None is nobody's name
+                if event is not None:
+                    if row is None and (not customer or len(customer) > SURELY_SHORT):
+                        return False
                     if raw is not None:
                         text = joined((raw(event),))  # type: ignore[arg-type]  # a TypeError where there is none
                         value = known.get(text) or parse(text)
-                except (TypeError, Uncountable):
-                    return False
-                if not customer or len(customer) > SURELY_SHORT:
-                    return False
-            if current is not None and start <= at < end and partition.clock < deadline:
-                bucket = current
-            else:
-                window = at - at % size
-                if partition.clock < window + grace:
-                    bucket = current = on_time.get(window) or opened(window, 0)
-                    start, end, deadline = window, window + size, window + grace
-                else:
-                    bucket = late(window)
+            except (TypeError, Uncountable):
+                if event is None:
+                    raise
+                return False
             events += 1
             total += value
-            row = bucket.rows.get(customer)  # type: ignore[arg-type]  # told, or checked above
             if row is None:
                 bucket.rows[customer] = row = [value, 1, at, offset, offset, NEW]  # type: ignore[index]
                 buckets.keys += 1
