@@ -92,7 +92,9 @@ class Counting:
     def _lose_decimals(self) -> None:
         self._book.rounded += 1
 
-    def _compiled(self, named: Callable[[Event], str | None], quantity: Quantity) -> tuple[Count, Callable[[], None]]:
+    def _compiled(  # noqa: C901, PLR0915 - the hot path, in one piece
+        self, named: Callable[[Event], str | None], quantity: Quantity
+    ) -> tuple[Count, Callable[[], None]]:
         """The function that counts, and the one that books what it has counted.
 
         It is called for each event, and the variables of a closure cost the least.
@@ -108,7 +110,9 @@ class Counting:
         start = end = deadline = 0
         current: Bucket | None = None
 
-        def count(at: int, offset: int, event: Event | None, customer: str | None = None, value: int = SCALE) -> bool:
+        def count(  # noqa: PLR0912
+            at: int, offset: int, event: Event | None, customer: str | None = None, value: int = SCALE
+        ) -> bool:
             nonlocal events, total, start, end, deadline, current
             try:
                 if event is not None:

@@ -32,7 +32,7 @@ def test_a_commit_closes_at_most_10_000_totals_and_the_rest_follows() -> None:
     stage.read()
     stage.commit()
     stage.aggregator.advance(after(DEADLINE))
-    closed = []
+    closed: list[int] = []
     while stage.aggregator.changed and len(closed) < 4:
         before = len(stage.totals)
         stage.commit()
