@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from threading import Lock
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from confluent_kafka import TopicPartition
@@ -86,20 +86,16 @@ class KafkaStore:
         began = monotonic()
         entries: dict[bytes, bytes] = {}
         position: Position | None = None
-        pending: list[tuple[bytes, bytes | None]] = []
+        pending: dict[bytes, bytes | None] = {}
         for records in committed(self._client, topic, {partition: 0}, {partition: end}):
             for record in records:
-                key, value = record.key(), record.value()
+                key = record.key()
                 if key != POSITION_KEY:
-                    pending.append((key, value))
+                    pending[key] = record.value()
                     continue
-                position = _follows(position, decode_position(value or b""), f"{topic}, partition {partition}")
+                position = _follows(position, decode_position(record.value() or b""), f"{topic}, partition {partition}")
                 # With the last record of its commit, so that a reader who does not own it sees whole commits too.
-                for changed, new in pending:
-                    if new is None:
-                        entries.pop(changed, None)
-                    else:
-                        entries[changed] = new
+                _apply(pending, entries)
                 pending.clear()
             if monotonic() - began > TOMBSTONES_KEPT_S:
                 raise Unreachable(
@@ -198,6 +194,14 @@ def _appended(topics: Topics, logs: Mapping[Log, int], appends: Iterable[Append]
     for log, key, value in appends:
         headers = cloud_event(topics.pipeline, log, value)
         yield Record(topics.log(log), partition_of(key, logs[log]), key, value, headers)
+
+
+def _apply(changed: dict[bytes, bytes | None], entries: dict[bytes, bytes]) -> None:
+    deleted = [key for key, value in changed.items() if value is None]
+    for key in deleted:
+        del changed[key]
+        entries.pop(key, None)
+    entries.update(cast("dict[bytes, bytes]", changed))
 
 
 def _follows(before: Position | None, now: Position, place: str) -> Position:

@@ -14,8 +14,8 @@ from consumer.storage.kafka_topics import Topics, partitions_of
 
 PATIENCE_S: Final = 60.0
 """How long a transaction of others is waited for: Kafka's own time for it, and the rounds of its check."""
-BATCH: Final = 10_000
-BATCH_S: Final = 0.05
+BATCH: Final = 1_000
+BATCH_S: Final = 0.01
 
 
 class Read(Protocol):
@@ -114,22 +114,25 @@ def committed(
         moved = monotonic()
         while left:
             records: list[Read] = []
-            for message in cast("Sequence[Read]", consumer.consume(BATCH, BATCH_S)):
-                partition, offset, error = message.partition(), message.offset(), message.error()
+            reached: dict[int, int] = {}
+            for record in cast("Sequence[Read]", consumer.consume(BATCH, BATCH_S)):
+                error = record.error()
                 if error is None:
+                    partition, offset = record.partition(), record.offset()
+                    reached[partition] = offset + 1
                     if offset < ends[partition]:
-                        records.append(message)
-                    offset += 1
-                elif error.name() != "_PARTITION_EOF":
-                    _hear(error, topic, partition)
-                    continue
+                        records.append(record)
+                elif error.name() == "_PARTITION_EOF":
+                    reached[record.partition()] = record.offset()
+                else:
+                    _hear(error, topic, record.partition())
+            if records:
+                yield records
+            for partition, offset in reached.items():
                 if offset > at[partition]:
                     at[partition], moved = offset, monotonic()
                 if offset >= ends[partition]:
                     left.discard(partition)
-            if records:
-                yield records
-                moved = monotonic()
             if monotonic() - moved > PATIENCE_S:
                 raise Unreachable(_held_up(client, topic, {p: at[p] for p in left}))
 

@@ -57,7 +57,7 @@ def is_member(metadata: bytes) -> bool:
     """Whether a consumer's group metadata are those of a member.
 
     Kafka takes the offsets of a transaction unchecked from somebody without generation and member id, whoever the
-    members are. A consumer that was put out of its group, and has noticed, is just such a somebody.
+    members are. A consumer that has not joined yet, or not again, is just such a somebody.
     """
     if len(metadata) < _METADATA.size:
         return False

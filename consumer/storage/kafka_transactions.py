@@ -18,6 +18,8 @@ COMMIT_S: Final = 10.0
 """Bounds each wait of a commit: for acknowledgements, for the group, for the end of the transaction."""
 ABORT_S: Final = 5.0
 POLL_S: Final = 0.05
+ACKNOWLEDGED_S: Final = 0.005
+"""Nothing wakes us when all is acknowledged."""
 
 
 class Abandoned(StorageError):
@@ -163,11 +165,13 @@ class Transactions:
                 except KafkaException as failed:
                     self._failed = topic, failed.args[0]
                     raise
-        # Here, not within the commit: as long as this takes, the outcome is known.
-        left = producer.flush(max(1.0, deadline - monotonic()))
+        # Here, not within the commit: as long as this takes, the outcome is known. (And by polling: the client's flush
+        # raises its own errors while it calls us back, which Python does not survive.)
+        while len(producer) and monotonic() < deadline:
+            producer.poll(ACKNOWLEDGED_S)
         if self._failed is not None:
             raise KafkaException(self._failed[1])
-        if left:
+        if left := len(producer):
             raise _late(f"{left} records are not acknowledged")
 
     def _commit(self, producer: Producer) -> None:
@@ -190,10 +194,10 @@ class Transactions:
     def _give_up(self, producer: Producer, error: KafkaError) -> NoReturn:
         """Abort, and say what it was."""
         topic, cause = self._failed or (None, error)
-        if error.fatal():
+        gone = error if error.fatal() else self._abort(producer)
+        if gone is not None:
             self._drop()
-            raise Fenced(f"the producer {self.name} is of no use any more: {_told(error)}") from None
-        self._abort(producer)
+            raise Fenced(f"the producer {self.name} is of no use any more: {_told(gone)}") from None
         if error.name() in _REFUSALS:
             raise Refused(error.name(), f"the group refused the commit, nothing of it is there: {_told(error)}")
         if cause.name() in _TOO_LARGE:
@@ -206,12 +210,16 @@ class Transactions:
             raise StorageError(f"Kafka refuses what is written{where}, nothing of it was kept: {_told(cause)}")
         raise Abandoned(f"the commit was given up, nothing of it is there: {_told(cause)}")
 
-    def _abort(self, producer: Producer) -> None:
+    def _abort(self, producer: Producer) -> KafkaError | None:
+        """Abort; returns the error after which the producer is of no use."""
         try:
             producer.abort_transaction(ABORT_S)
-        except KafkaException:
-            # The next producer under our name, or else the broker, aborts it.
+        except KafkaException as failed:
+            # The next producer under our name aborts what is open, or else the broker.
             self._drop()
+            error: KafkaError = failed.args[0]
+            return error if error.fatal() else None
+        return None
 
     def _fresh(self) -> Producer:
         settings = {

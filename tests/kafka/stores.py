@@ -88,8 +88,7 @@ class Pipeline:
     def store(self, facts: Facts | None = None, **members: Member) -> Iterator[KafkaStore]:
         """As a process opens it; members by the names of their stages."""
         metadata = {
-            stage: members[stage].metadata if stage in members else partial(self.metadata, stage)
-            for stage in Stage
+            stage: members[stage].metadata if stage in members else partial(self.metadata, stage) for stage in Stage
         }
         with closing(KafkaStore(self.client, facts or self.facts, metadata)) as store:
             yield store

@@ -187,7 +187,7 @@ def test_whatever_is_committed_is_restored(fresh: Callable[[], Backend], history
 
 
 # Few, for each of them has topics of its own.
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=histories)
 @pytest.mark.parametrize("fresh", [pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
 def test_whatever_is_committed_to_kafka_is_restored(fresh: Callable[[], Backend], history: Histories) -> None:

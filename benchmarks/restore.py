@@ -1,0 +1,154 @@
+"""The Kafka store under a large state: how long a commit takes, and taking a partition over.
+
+``python -m benchmarks.restore`` starts a broker and lets stage 1 count on one partition, with a commit for every
+100,000 events of as many customers. Then a process that knows nothing takes the partition over. Nothing is compacted
+meanwhile: each commit's changes lie in the log, so that the state is read together with all that it replaced.
+
+The usual size takes a minute; ``--ids 5000000 --keys 1000000`` is the size that one partition is made for.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from confluent_kafka import Consumer
+
+from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record, Rules
+from consumer.aggregate.meters import Meter
+from consumer.aggregate.meters import Source as Identity
+from consumer.sandbox.kafka import LocalKafka
+from consumer.storage import Stage
+from consumer.storage.kafka import KafkaStore
+from consumer.storage.kafka_reading import ends_of
+from consumer.storage.kafka_start import begin
+from consumer.storage.kafka_topics import Topics, ensure
+from consumer.storage.sqlite import Facts
+from consumer.totals import Destination
+
+SOURCE: Final = "usage"
+COMMIT: Final = 100_000
+BATCH: Final = 500
+START: Final = 1_790_000_000_000 // 3_600_000 * 3_600_000
+METER: Final = Meter(
+    name="ai-tokens",
+    event_types=("ai.completion",),
+    where=(),
+    aggregation="sum",
+    value=("tokens",),
+    decimals=12,
+    allow_negative=False,
+    customer="subject",
+    window="1h",
+    lateness=120_000,
+    accept_late=86_400_000,
+    stripe=Destination("ai_tokens"),
+)
+RULES: Final = Rules((METER,), 0, 5_000, 86_400_000)
+IDENTITY: Final = Identity("cluster", "topic", "bench", 0)
+FACTS: Final = Facts("bench", "cluster", SOURCE, "topic", 0, 1, 0)
+
+
+def records(first: int, last: int, ids: int, keys: int) -> Iterator[list[Record]]:
+    """Events of 50 minutes in one window; each one has an id of its own, and the customers take turns."""
+    for begin_ in range(first, last, BATCH):
+        at = START + begin_ * 3_000_000 // ids
+        moment = datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        yield [
+            (
+                number,
+                (LOG_APPEND_TIME, at),
+                b"k",
+                None,
+                b'{"specversion":"1.0","id":"%d","source":"/bench","type":"ai.completion","subject":"cus_%010d",'
+                b'"time":"%s","data":{"tokens":%d.25}}' % (number, number % keys, moment.encode(), number % 4_000),
+            )
+            for number in range(begin_, min(begin_ + BATCH, last))
+        ]
+
+
+def member(client: dict[str, Any]) -> Consumer:
+    """The one member of stage 1's group."""
+    assigned: list[object] = []
+    consumer = Consumer({**client, "group.id": Topics.of("bench").group(Stage.AGGREGATE), "enable.auto.commit": False})
+    consumer.subscribe([SOURCE], on_assign=lambda _, partitions: assigned.extend(partitions))
+    while not assigned:
+        consumer.poll(0.1)
+    return consumer
+
+
+def fill(store: KafkaStore, ids: int, keys: int) -> list[float]:
+    """Count and commit; returns how long each commit took, in seconds, the core's part included."""
+    restored = store.restore(Stage.AGGREGATE, 0)
+    assert restored is not None  # noqa: S101 - it has begun
+    aggregator = Aggregator(RULES, IDENTITY, restored.offset, restored.entries)
+    took: list[float] = []
+    for first in range(0, ids, COMMIT):
+        for batch in records(first, min(first + COMMIT, ids), ids, keys):
+            aggregator.step(batch, batch[0][1][1])
+        began = time.perf_counter()
+        store.commit(Stage.AGGREGATE, {0: aggregator.commit()})
+        took.append(time.perf_counter() - began)
+    return took
+
+
+def take_over(store: KafkaStore) -> tuple[Aggregator, float, float]:
+    """A stranger's restore: the processor, and the seconds until its entries were read and until it could work."""
+    began = time.perf_counter()
+    restored = store.restore(Stage.AGGREGATE, 0)
+    read = time.perf_counter() - began
+    assert restored is not None  # noqa: S101 - it has begun
+    aggregator = Aggregator(RULES, IDENTITY, restored.offset, restored.entries)
+    return aggregator, read, time.perf_counter() - began
+
+
+def largest_memory() -> int:
+    """Of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--ids", type=int, default=1_000_000, help="events, each with an id to be remembered")
+    parser.add_argument("--keys", type=int, default=200_000, help="customers in the open window")
+    arguments = parser.parse_args()
+    topics = Topics.of("bench")
+    with LocalKafka() as kafka:
+        client: dict[str, Any] = {"bootstrap.servers": kafka.bootstrap_servers}
+        kafka.create_topic(SOURCE, 1)
+        # As wide of compaction as is allowed.
+        kafka.create_topic(
+            topics.aggregate_state,
+            1,
+            cleanup_policy="compact",
+            segment_bytes=64 * 2**20,
+            min_compaction_lag_ms=600_000,
+            max_compaction_lag_ms=3_600_000,
+        )
+        ensure(client, topics, partitions=1, keep_ms=86_400_000)
+        begin(client, FACTS, {0: Aggregator(RULES, IDENTITY, 0).commit()})
+        joined = member(client)
+        members = {Stage.AGGREGATE: joined.consumer_group_metadata}
+        with closing(KafkaStore(client, FACTS, members)) as store:
+            commits = fill(store, arguments.ids, arguments.keys)
+        print(
+            f"{len(commits)} commits with {min(COMMIT, arguments.keys):,} changed keys each: "
+            f"median {statistics.median(commits):.2f} s, longest {max(commits):.2f} s",
+            flush=True,
+        )
+        written = ends_of(client, topics.aggregate_state, [0])[0]
+        before = largest_memory()
+        with closing(KafkaStore(client, FACTS, members)) as store:
+            aggregator, read, took = take_over(store)
+        joined.close()
+    print(f"state: {aggregator.open_keys:,} open keys, {aggregator.remembered:,} ids; in its log: {written:,} records")
+    print(f"taken over in {took:.1f} s, of which reading took {read:.1f} s")
+    print(f"memory at most {before} MB before and {largest_memory()} MB after")
+
+
+if __name__ == "__main__":
+    main()
