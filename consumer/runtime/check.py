@@ -51,6 +51,7 @@ def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
         yield Finding("error", "kafka", str(wrong))
     yield _judged("stripe", lambda: _stripe(config), service.ServiceError)
     yield from _mode(config)
+    yield from _memory(config)
     yield _judged("customers", lambda: _customers(config), customers.CustomerFileError)
     if holder is None:
         yield _http(config.http.host, config.http.port)
@@ -111,10 +112,13 @@ def _start(config: Config, path: Path, source: Source, topic: Topic, clock: Cloc
     """What `run` would say; asked in an order in which a service that goes on meanwhile raises no false alarm."""
     everywhere = range(topic.partitions)
     beginnings, committed = source.beginnings(everywhere), source.committed(everywhere)
+    said = source.committed_ends(everywhere)
     facts, offsets = None, {}
     if path.exists() and path.stat().st_size:
         with SqliteStore.open(path, now=clock.now, create=False, lock=False) as store:
             facts, offsets = store.facts(), store.offsets(Stage.AGGREGATE)
+            if facts is not None:
+                start.check_newest(service.ends_of(store), said, source.group, place=str(path))
     ends = source.ends(everywhere)
     found = start.Found(topic, source.group, beginnings, ends, committed)
     if facts is None:
@@ -141,6 +145,17 @@ def _mode(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "stripe", "stripe.mode is hold: totals are kept and nothing is sent; send sends them")
     elif config.stripe.mode == "shadow":
         yield Finding("error", "stripe", "stripe.mode: shadow is not in this version yet; hold counts without sending")
+
+
+def _memory(config: Config) -> Iterator[Finding]:
+    for meter in config.core_meters:
+        if meter.accept_late > config.windows.deduplicate_for:
+            yield Finding(
+                "warning",
+                "duplicates",
+                f"{meter.name} accepts events longer (accept_late) than their ids are remembered (deduplicate_for): a "
+                "topic that is produced again in between is billed twice; raise deduplicate_for or lower accept_late",
+            )
 
 
 def _customers(config: Config) -> str:

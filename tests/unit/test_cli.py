@@ -329,6 +329,19 @@ def test_check_says_everything_that_is_wrong_at_once_each_with_its_cure(
     ]
 
 
+def test_check_warns_where_a_topic_that_is_produced_again_would_be_billed_twice(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.runtime.source.REQUEST_S", 0.5)
+    place.config.write_text(place.config.read_text() + "windows: {deduplicate_for: 24h, accept_late: 48h}\n")
+
+    found = [json.loads(line) for line in place.tallyman("check", "--json").stdout.splitlines()]
+
+    (warning,) = (finding for finding in found if finding["what"] == "duplicates")
+    assert warning["level"] == "warning"
+    assert "accepts events longer (accept_late) than their ids are remembered (deduplicate_for)" in warning["says"]
+
+
 def test_check_of_a_wrong_configuration_is_json_too(place: Place) -> None:
     place.config.write_text("pipeline: [")
 
