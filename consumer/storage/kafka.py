@@ -2,7 +2,7 @@
 
 The entries of a processor lie in the partition of a compacted topic that has its number. The group's offsets go with
 the same transaction; they are a witness only, for the offset is itself an entry. What the rules rest on is told in
-docs/decisions/0012.
+docs/decisions/0013.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +31,7 @@ from consumer.storage.kafka_transactions import COMMIT_S, Offsets, Record, Refus
 from consumer.storage.sqlite import Facts
 
 Progress = Callable[[int, int], None]
-"""Told how far a restore has read and the end that it reads to, as offsets. What it raises ends the restore."""
+"""Told, many times a second, how far a restore has read and to which end, as offsets. What it raises ends it."""
 
 
 class KafkaStore:
@@ -87,6 +87,7 @@ class KafkaStore:
         entries: dict[bytes, bytes] = {}
         position: Position | None = None
         pending: dict[bytes, bytes | None] = {}
+        read = 0
         for records in committed(self._client, topic, {partition: 0}, {partition: end}):
             for record in records:
                 key = record.key()
@@ -103,8 +104,10 @@ class KafkaStore:
                     "deleted meanwhile could come back. Give this process a faster way to Kafka, or the topic a "
                     "smaller segment.bytes and max.compaction.lag.ms."
                 )
-            if progress is not None and records:
-                progress(records[-1].offset() + 1, end)
+            if records:
+                read = records[-1].offset() + 1
+            if progress is not None:
+                progress(read, end)
         self._check(stage, partition, position, seen, damaged=bool(pending and position is None))
         with self._lock:
             self._sequences[stage, partition] = position.sequence if position else 0

@@ -48,7 +48,7 @@ class Unreachable(StorageError):
 
 
 def reader(client: Mapping[str, Any], group: str, *, committed: bool) -> Consumer:
-    """A consumer that is assigned its partitions by hand, and is no member of the group."""
+    """A consumer that is assigned its partitions by hand, and is no member of the group whose offsets it may ask."""
     isolation = "read_committed" if committed else "read_uncommitted"
     return Consumer({**client, **_READING, "group.id": group, "isolation.level": isolation})
 

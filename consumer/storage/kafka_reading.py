@@ -84,7 +84,7 @@ def partition_count(client: Mapping[str, Any], topic: str) -> int:
 
 def ends_of(client: Mapping[str, Any], topic: str, partitions: Iterable[int]) -> dict[int, int]:
     """Where the partitions end, records of open transactions included: a reader of committed ones is not told."""
-    with closing(reader(client, "tallyman", committed=False)) as consumer:
+    with closing(reader(client, topic, committed=False)) as consumer:
 
         def end(partition: int) -> int:
             place = TopicPartition(topic, partition)
@@ -103,13 +103,15 @@ def committed(
 ) -> Iterator[list[Read]]:
     """The committed records between these offsets, in batches; returns once it is past all ends, markers included.
 
+    While it waits the batches are empty, so that the reader can do something else, or give up.
+
     Raises ``Unreachable`` where nothing moves on: Kafka is away, or a transaction is open and nobody ends it.
     """
     at = {partition: start for partition, start in starts.items() if start < ends[partition]}
     left = set(at)
     if not left:
         return
-    with closing(reader(client, "tallyman", committed=True)) as consumer:
+    with closing(reader(client, topic, committed=True)) as consumer:
         consumer.assign([TopicPartition(topic, partition, start) for partition, start in at.items()])
         moved = monotonic()
         while left:
@@ -126,8 +128,7 @@ def committed(
                     reached[record.partition()] = record.offset()
                 else:
                     _hear(error, topic, record.partition())
-            if records:
-                yield records
+            yield records
             for partition, offset in reached.items():
                 if offset > at[partition]:
                     at[partition], moved = offset, monotonic()

@@ -14,8 +14,10 @@ from consumer.storage.kafka_topics import LARGEST_RECORD
 
 TRANSACTION_S: Final = 15
 """After so long the broker aborts what nobody ends. Whoever takes over a partition waits for that, at worst."""
-COMMIT_S: Final = 10.0
-"""Bounds each wait of a commit: for acknowledgements, for the group, for the end of the transaction."""
+COMMIT_S: Final = 12.0
+"""Bounds a commit: what takes longer than the broker gives it would be aborted while it is being made."""
+LEAST_S: Final = 1.0
+"""Any request to Kafka is given so long at least."""
 ABORT_S: Final = 5.0
 POLL_S: Final = 0.05
 ACKNOWLEDGED_S: Final = 0.005
@@ -92,7 +94,7 @@ class Transactions:
     """One transactional producer at a time, under one ``transactional.id``; one transaction at a time."""
 
     def __init__(self, client: Mapping[str, Any], name: str, *, within: float) -> None:
-        """``name`` is the transactional id. ``within`` bounds, in seconds, each of a transaction's waits."""
+        """``name`` is the transactional id. ``within`` bounds a transaction, in seconds."""
         self.name = name
         self._client = client
         self._within = within
@@ -135,20 +137,20 @@ class Transactions:
                 except Unreachable as failed:
                     raise Abandoned(str(failed)) from None
             producer, self._failed = self._producer, None
+            deadline = monotonic() + self._within
             try:
                 producer.begin_transaction()
-                self._produce(producer, records)
+                self._produce(producer, records, deadline)
                 if offsets is not None:
-                    producer.send_offsets_to_transaction(*offsets, self._within)
+                    producer.send_offsets_to_transaction(*offsets, _until(deadline))
             except KafkaException as failed:
                 self._give_up(producer, failed.args[0])
             except BaseException:
                 self._abort(producer)
                 raise
-            self._commit(producer)
+            self._commit(producer, deadline)
 
-    def _produce(self, producer: Producer, records: Iterable[Record]) -> None:
-        deadline = monotonic() + self._within
+    def _produce(self, producer: Producer, records: Iterable[Record], deadline: float) -> None:
         produce = producer.produce
         for topic, partition, key, value, headers in records:
             while True:
@@ -174,11 +176,10 @@ class Transactions:
         if left := len(producer):
             raise _late(f"{left} records are not acknowledged")
 
-    def _commit(self, producer: Producer) -> None:
-        deadline = monotonic() + self._within
+    def _commit(self, producer: Producer, deadline: float) -> None:
         while True:
             try:
-                return producer.commit_transaction(max(1.0, deadline - monotonic()))
+                return producer.commit_transaction(_until(deadline))
             except KafkaException as failed:
                 error = failed.args[0]
                 if error.txn_requires_abort():
@@ -247,6 +248,10 @@ class Transactions:
         producer, self._producer = self._producer, None
         if producer is not None:
             producer.purge(blocking=False)
+
+
+def _until(deadline: float) -> float:
+    return max(LEAST_S, deadline - monotonic())
 
 
 def _late(what: str) -> KafkaException:

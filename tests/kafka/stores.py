@@ -37,15 +37,24 @@ class Member:
         assert isinstance(found, bytes)
         return found
 
-    def until_owns(self, partitions: int, *others: Member) -> None:
-        """Wait until it has so many partitions; members move only if all of them poll."""
+    def until_owns(self, partitions: int) -> None:
+        """Wait until it has so many partitions."""
 
         def holds() -> bool:
-            for each in (self, *others):
-                each.consumer.poll(0.05)
+            self.consumer.poll(0.05)
             return len(self.owned) == partitions
 
         until(holds, f"{partitions} partitions are assigned", within=30.0)
+
+    def until_shares(self, other: Member, partitions: int) -> None:
+        """Wait until the two of them have so many partitions, and each has some; members move only if both poll."""
+
+        def holds() -> bool:
+            for each in (self, other):
+                each.consumer.poll(0.05)
+            return bool(self.owned and other.owned) and len(self.owned | other.owned) == partitions
+
+        until(holds, f"{partitions} partitions are shared", within=30.0)
 
     def close(self) -> None:
         self.consumer.close()

@@ -22,6 +22,8 @@ from cloudevents.core.formats.json import JSONFormat
 from confluent_kafka import (
     ConsumerGroupTopicPartitions,
     IsolationLevel,
+    KafkaError,
+    KafkaException,
     Producer,
     TopicPartition,
 )
@@ -358,8 +360,7 @@ def left(first: Member, _: Pipeline) -> bytes:
 def outdated(first: Member, pipeline: Pipeline) -> bytes:
     metadata = first.metadata()
     with closing(pipeline.member(AGGREGATE)) as second:
-        second.until_owns(1, first)
-        first.until_owns(2, second)
+        second.until_shares(first, 3)
     return metadata
 
 
@@ -646,7 +647,7 @@ def test_a_broker_that_stands_still_never_leaves_half_a_commit(
     assert own_kafka._process is not None
     with closing(Pipeline(own_kafka)) as pipeline, pipeline.store() as store, ThreadPoolExecutor(1) as process:
         number = check_numbered(pipeline, store, 0, 0)
-        for _ in range(5):
+        for _ in range(3):
             committing = process.submit(commit_until_it_fails, store, number)
             time.sleep(0.1 + rng.random() * 0.1)
             own_kafka._process.send_signal(signal.SIGSTOP)
@@ -659,6 +660,47 @@ def test_a_broker_that_stands_still_never_leaves_half_a_commit(
             one_more = 0 if isinstance(failure, Abandoned) else 1
             number = check_numbered(pipeline, store, acknowledged, acknowledged + one_more)
     assert number > 0
+
+
+class Stopping(Producer):
+    """Its broker stands still from just before, or just after, a transaction is to be committed."""
+
+    broker: LocalKafka
+    after = False
+    stops = False
+
+    def commit_transaction(self, timeout: float = -1) -> None:
+        if self.stops and self.after:
+            super().commit_transaction(timeout)
+        if self.stops:
+            assert self.broker._process is not None
+            self.broker._process.send_signal(signal.SIGSTOP)
+        if self.stops and self.after:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the answer is lost"))
+        super().commit_transaction(timeout)
+
+
+def test_what_became_of_a_commit_without_an_answer_is_told_by_the_restore(
+    own_kafka: LocalKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_store, "COMMIT_S", 1.5)
+    monkeypatch.setattr(kafka_transactions, "Producer", Stopping)
+    monkeypatch.setattr(Stopping, "broker", own_kafka, raising=False)
+    with closing(Pipeline(own_kafka)) as pipeline, pipeline.store() as store:
+        number = check_numbered(pipeline, store, 0, 0)
+        for after in (False, True):
+            monkeypatch.setattr(Stopping, "after", after)
+            store.commit(AGGREGATE, {0: numbered(number + 1)})
+            monkeypatch.setattr(Stopping, "stops", True)
+            with pytest.raises(OutcomeUnknown):
+                store.commit(AGGREGATE, {0: numbered(number + 2)})
+            monkeypatch.setattr(Stopping, "stops", False)
+            with pytest.raises(Unreachable):
+                store.restore(AGGREGATE, 0)
+            assert own_kafka._process is not None
+            own_kafka._process.send_signal(signal.SIGCONT)
+            until(own_kafka.answers, "the broker is back")
+            number = check_numbered(pipeline, store, number + (2 if after else 1), number + 2)
 
 
 def commit_until_it_fails(store: KafkaStore, number: int) -> tuple[int, Exception]:
