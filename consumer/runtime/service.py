@@ -3,7 +3,6 @@
 import asyncio
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -73,13 +72,15 @@ def rules_of(config: Config, bill_from: int) -> Rules:
 
 def run(config: Config, around: Surroundings) -> None:
     """Run until SIGTERM or SIGINT, then commit and return. Raises the errors of whatever cannot go on."""
-    with ExitStack() as opened:
-        place = storage_path(config)
-        store = opened.enter_context(SqliteStore.open(place, now=around.clock.now, create=True, lock=True))
-        source = around.source(config, group_of(config))
-        topic = source.describe()
-        check_arrival(config, topic)
-        asyncio.run(_Service(config, around, store, source, topic).run())
+    if config.stripe.mode == "shadow":
+        raise ServiceError("stripe.mode: shadow is not in this version yet; hold counts without sending")
+    key = stripe_key(config)
+    source = around.source(config, group_of(config))
+    topic = source.describe()
+    check_arrival(config, topic)
+    # Last of all: what is refused before leaves no empty file behind.
+    with SqliteStore.open(storage_path(config), now=around.clock.now, create=True, lock=True) as store:
+        asyncio.run(_Service(config, key, around.clock, store, source, topic).run())
 
 
 def storage_path(config: Config) -> Path:
@@ -145,9 +146,12 @@ def _identity(config: Config, topic: Topic, partition: int) -> Identity:
 
 
 class _Service:
-    def __init__(self, config: Config, around: Surroundings, store: SqliteStore, source: Source, topic: Topic) -> None:
+    def __init__(  # noqa: PLR0917 - each of them once
+        self, config: Config, key: str, clock: Clock, store: SqliteStore, source: Source, topic: Topic
+    ) -> None:
         self._config = config
-        self._clock = around.clock
+        self._key = key
+        self._clock = clock
         self._store = store
         self._source = source
         self._topic = topic
@@ -157,16 +161,12 @@ class _Service:
 
     async def run(self) -> None:
         config = self._config
-        if config.stripe.mode == "shadow":
-            raise ServiceError("stripe.mode: shadow is not in this version yet; hold counts without sending")
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._intake_done = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
-        stripe = Stripe(
-            stripe_key(config), api_base=config.stripe.api_base, livemode=config.stripe.livemode, clock=self._clock
-        )
+        stripe = Stripe(self._key, api_base=config.stripe.api_base, livemode=config.stripe.livemode, clock=self._clock)
         registry = CollectorRegistry()
         requests = Requests(registry, grace=int(config.stripe.finalization_grace), clock=self._clock)
         self._intake = intake = Intake(
