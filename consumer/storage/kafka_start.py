@@ -70,7 +70,13 @@ def begin(
     def judge() -> Facts | None:
         begun = recorded(client, topics)
         if begun is None:
-            _check_empty(client, topics, facts)
+            try:
+                _check_empty(client, topics, facts)
+            except StorageError:
+                # What is there may be what another process has begun with in this very moment.
+                begun = recorded(client, topics)
+                if begun is None:
+                    raise
         return begun
 
     def first() -> tuple[list[Record], Offsets]:
