@@ -198,7 +198,7 @@ def report(figures: Mapping[str, list[dict[str, float]]], number: int) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--events", type=int, default=500_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", nargs=2, metavar=("CANDIDATE", "SERVERS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

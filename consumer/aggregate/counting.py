@@ -108,7 +108,7 @@ class Counting:
         events = total = 0
         # The window that the last event was in, until its deadline.
         start = end = deadline = 0
-        current: Bucket | None = None
+        current: Bucket
 
         def count(  # noqa: PLR0912
             at: int, offset: int, event: Event | None, customer: str | None = None, value: int = SCALE
@@ -117,7 +117,7 @@ class Counting:
             try:
                 if event is not None:
                     customer = named(event)
-                if current is not None and start <= at < end and partition.clock < deadline:
+                if start <= at < end and partition.clock < deadline:
                     bucket = current
                 elif partition.clock < (window := at - at % size) + grace:
                     bucket = current = on_time.get(window) or opened(window, 0)
