@@ -3,10 +3,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench exactness clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 demo: .venv/.run ## the whole service on this machine: no Kafka, no Stripe account, no Docker
 	@$(BIN)/tallyman demo
@@ -26,6 +26,9 @@ format: .venv/.dev ## rewrite the code in the one format
 
 bench: .venv/.dev ## speed of stage 1 on a real Kafka, as ratios to two ceilings
 	$(BIN)/python -m benchmarks.aggregate
+
+exactness: .venv/.dev ## a million events on a real Kafka, twenty kills, a Stripe that fails: billed must equal produced
+	$(BIN)/python -m tests.exactness.run
 
 clean: ## remove what the other targets made
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
