@@ -15,7 +15,8 @@ from consumer.storage.kafka_topics import LARGEST_RECORD
 TRANSACTION_S: Final = 15
 """After so long the broker aborts what nobody ends. Whoever takes over a partition waits for that, at worst."""
 COMMIT_S: Final = 12.0
-"""Bounds a commit: what takes longer than the broker gives it would be aborted while it is being made."""
+"""Bounds a commit: what takes longer than the broker gives it would be aborted while it is being made. Where brokers
+stand still the client may overrun it, once, by as much as ``TRANSACTION_S``."""
 LEAST_S: Final = 1.0
 """Any request to Kafka is given so long at least."""
 ABORT_S: Final = 5.0
