@@ -7,6 +7,9 @@ import msgspec
 LARGEST_VALUE: Final = 256 * 1024
 """Bytes of an event kept in its letter; of a larger one only the place in its topic is kept."""
 
+LARGEST_LETTER: Final = 512 * 1024
+"""Bytes of a letter as it is stored: base64 makes a third more of an event, JSON much more of many small headers."""
+
 
 class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
     """One event that could not be counted, where it was read, and why."""
@@ -23,7 +26,6 @@ class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: list[tuple[str, bytes | None]] | None = None
     value: bytes | None = None
     """None if it is larger than 256 KB; then it has to be read at its offset."""
-    meter: str | None = None
 
 
 def encode(letter: DeadLetter) -> bytes:

@@ -23,7 +23,7 @@ from consumer.aggregate.duplicates import PREFIXES, Chunk, Name, Remembered
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.aggregate.meters import Meter, Source, identifier
 from consumer.aggregate.readers import Uncountable, paths_of
-from consumer.deadletters import LARGEST_VALUE, DeadLetter
+from consumer.deadletters import LARGEST_LETTER, LARGEST_VALUE, DeadLetter
 from consumer.events import Decoder, Event, Headers, Malformed, parse_time
 from consumer.storage import Append, Changes, Log
 from consumer.totals import Advance, Total
@@ -312,10 +312,15 @@ class Aggregator:
         offset, (_, stamp), key, headers, value = record
         self.book.dead[reason] = self.book.dead.get(reason, 0) + 1
         letter = DeadLetter(self.source.partition, offset, stamp, reason, detail[:_LONGEST_DETAIL])
+        encoded = deadletters.encode(letter)
         parts = (key, value, *(text for header in headers or () for text in header))
         if sum(len(part) for part in parts if part is not None) <= LARGEST_VALUE:
             letter = msgspec.structs.replace(letter, key=key, headers=list(headers or ()), value=value)
-        self._appends.append(Append(Log.DEAD_LETTERS, b"%d" % self.source.partition, deadletters.encode(letter)))
+            whole = deadletters.encode(letter)
+            # Thousands of tiny headers are small here and large as JSON: no commit may outgrow what a broker takes.
+            if len(whole) <= LARGEST_LETTER:
+                encoded = whole
+        self._appends.append(Append(Log.DEAD_LETTERS, b"%d" % self.source.partition, encoded))
 
     def _restore(self, entries: Iterable[tuple[bytes, bytes]], deduplicate_for: int) -> None:
         rows: list[tuple[bytes, bytes]] = []

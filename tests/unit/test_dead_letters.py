@@ -45,6 +45,12 @@ def test_a_dead_letter_above_256_kb_is_kept_by_reference(size: int, kept: bool) 
         assert (letter.value is not None) is (letter.key is not None or letter.headers is not None) is kept
 
 
+def test_a_dead_letter_that_is_large_only_as_json_is_kept_by_reference_too() -> None:
+    """Thousands of tiny headers would make a commit that the broker refuses for ever."""
+    letter = letter_of(b"{}", headers=[("\x01", None)] * 50_000)
+    assert (letter.key, letter.headers, letter.value) == (None, None, None)
+
+
 def test_what_is_said_about_a_dead_letter_is_short() -> None:
     """It quotes the event, which may be of any size."""
     long = "x" * 300_000
