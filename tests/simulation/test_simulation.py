@@ -1,0 +1,48 @@
+"""Some hundreds of seeds: whatever happens to the processes, the store, Stripe and the clocks, usage is billed once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.simulation.__main__ import tell, traced
+from tests.simulation.chaos import run
+
+SEEDS = 250
+AT_ONCE = 50
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
+def test_everything_is_billed_once_whatever_happens(first: int) -> None:
+    for seed in range(first, first + AT_ONCE):
+        try:
+            run(seed)
+        except Exception as failure:  # noqa: BLE001 - whatever breaks, the seed has to be told
+            pytest.fail(tell(seed, failure), pytrace=False)
+
+
+def test_a_seed_repeats_itself_in_another_process() -> None:
+    """A failure that does not come again cannot be understood."""
+    command = [sys.executable, "-m", "tests.simulation", "--trace", "--seed"]
+    for seed in (3, 8):
+        traces = [
+            subprocess.run(
+                [*command, str(seed)], capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": salt}
+            ).stdout.splitlines()[:-2]
+            for salt in ("1", "2")
+        ]
+        assert traces[0] == traces[1]
+        assert len(traces[0]) > 100
+        assert [line.decode() for line in traces[0]] == traced(seed)
+
+
+def test_the_seeds_meet_everything() -> None:
+    """A search that never meets a crash, a late commit or a doubt proves nothing about them."""
+    met = sum((run(seed).met for seed in range(60)), start=run(60).met)
+    wanted = [
+        *(f"a commit {fate}" for fate in ("fails", "is lost", "is late", "is unknown")),
+        *("crash", "pause", "rebalance", "jump", "quiet clock", "transaction"),
+        *("Stripe away", "an answer is lost", "in doubt", "foreign"),
+    ]
+    assert {what: met[what] for what in wanted if met[what] < 10} == {}

@@ -1,0 +1,340 @@
+"""The world of one seed: virtual time, the source, the store, Stripe, processes, and a scheduler that means no good."""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from consumer.aggregate.aggregator import Rules
+from consumer.aggregate.clock import Reading
+from consumer.deliver.answers import Heard, Lost, NeverConnected
+from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.entries import SAME_IDENTIFIER_FOR, unpack
+from consumer.storage import Changes, Log, Stage
+from consumer.totals import Advance, Total, decode
+from tests.simulation.shells import Intake, Reporter, Steps
+from tests.simulation.source import AMOUNTS, SourceLog, Usage
+from tests.simulation.store import Group, NotDoneError, SimulatedStore, Transaction
+from tests.simulation.stripe import SimulatedStripe
+from tests.unit.delivery_world import Names
+from tests.unit.stage1 import DAY, HOUR, MINUTE, SECOND, T0, meter, rules
+
+CUSTOMERS: Final = {"ann": "cus_ann", "bob": "cus_bob", "cem": "cus_cem", "dee": "cus_dee", "free": None}
+TIMEOUT_MS: Final = 10_000
+SMALL_STEP: Final = 2 * SECOND
+"""Clocks that differ by no more are as exact as they are asked to be."""
+HOST_CLOCKS: Final = 20 * MINUTE
+"""How wrong the time of day may be where requests are sent: with the way of a request, less than the hour that the
+retries of one identifier leave."""
+
+FEATURES: Final = (
+    "crash", "pause", "rebalance", "bad commits", "lost answers", "server errors", "away", "busy", "dawdling",
+    "refusals", "locked out", "offsets expire", "wrong clocks", "a year's step", "days", "configurations",
+    "transactions", "elsewhere", "unmapped", "repetitions", "late",
+)  # fmt: skip
+
+
+class Violation(AssertionError):
+    """Something is lost, doubled or left behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run did, for the sums at the end."""
+
+    seed: int
+    steps: int
+    met: Counter[str]
+
+
+class Worker:
+    """One process on a host of its own."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.skew = 0
+        """Of the host's clock, in milliseconds."""
+        self.years = 0
+        """What stage 1 sees of a step of a year; see ``HOST_CLOCKS``."""
+        self.incarnation = 0
+        self.silent_since: int | None = None
+        self.paused = False
+        self.rules = world.rules
+        self.start()
+
+    def start(self) -> None:
+        """A new life, with the configuration of the day."""
+        self.incarnation += 1
+        self.boot = self.world.time
+        self.silent_since = None
+        self.paused = self.stopping = False
+        self.rules = self.world.rules
+        self.heard_of_stripe: Reading | None = None
+        self.intake = Intake(self)
+        self.reporter = Reporter(self)
+        self.stages: list[Steps] = [self.intake.run(), self.reporter.run()]
+
+    @property
+    def id(self) -> str:
+        """As its groups know it."""
+        return f"{self.name}.{self.incarnation}"
+
+    @property
+    def turns(self) -> bool:
+        """Whether it is alive and not paused."""
+        return self.silent_since is None
+
+    def now(self) -> int:
+        """The time of day by its host."""
+        return self.world.time + self.skew
+
+    def wild_now(self) -> int:
+        """The same, where it may be wrong by anything."""
+        return self.now() + self.years
+
+    def elapsed(self) -> int:
+        """Its monotonic clock."""
+        return self.world.time - self.boot
+
+    def step(self, choice: int) -> None:
+        """One effect: of a stage, a request, or an answer."""
+        if choice == 2 and self.reporter.sending:
+            self.reporter.send(self.world.random.randrange(len(self.reporter.sending)))
+        elif choice == 3 and self.reporter.answers:
+            self.reporter.hear(self.world.random.randrange(len(self.reporter.answers)))
+        elif self.stages:
+            stage = self.stages[choice % len(self.stages)]
+            if next(stage, "over") == "over":
+                self.stages.remove(stage)
+        if not self.stages:
+            self.start()
+
+    def kill(self) -> None:
+        """At once, wherever it was."""
+        self.stages = []
+        self.silent_since = self.world.time
+
+
+class World:
+    """Made from a seed, and by nothing else."""
+
+    def __init__(self, seed: int, *, trace: bool = False) -> None:
+        self.random = random = Random(seed)  # noqa: S311 - it has to repeat itself
+        self.seed = seed
+        self.trace: list[str] | None = [] if trace else None
+        self.time = T0 + random.randrange(HOUR)
+        self.began = self.time
+        self.calm = False
+        self.calm_since = 0
+        self.progress = 0
+        self.met: Counter[str] = Counter()
+        self.features = {each for each in FEATURES if random.random() < 0.45}
+        self.honest = not self.features & {"wrong clocks", "a year's step"}
+        self.source = [SourceLog() for _ in range(random.choice((1, 2, 3)))]
+        spread = random.choice((1, 2))
+        self.groups = {
+            Stage.AGGREGATE: Group(len(self.source), random),
+            Stage.DELIVER: Group(spread, random),
+        }
+        self.store = SimulatedStore(self.groups, spread, lambda: self.time, self.applied)
+        self.stripe = SimulatedStripe(random)
+        self.in_flight = random.choice((3, 40))
+        self.names = Names(dict(CUSTOMERS))
+        self.mapping = 0
+        self.deduplicate_for = random.choice((HOUR, DAY))
+        self.accept_late = random.choice((self.deduplicate_for, 3 * DAY))
+        self.editions = 0
+        self.rules = self._rules()
+        self.perhaps_tried: set[str] = set()
+        """Totals that were restored as perhaps tried."""
+        self.written: Counter[str] = Counter()
+        """How many requests there were for each."""
+        self.foreign: set[str] = set()
+        """Identifiers that somebody else wrote."""
+        self._events: list[tuple[int, int, Callable[[], None]]] = []
+        self._planned = 0
+        self._ids = 0
+        self.workers = [Worker(self, name) for name in "ABC"[: random.choice((1, 2, 2, 3))]]
+
+    def _rules(self) -> Rules:
+        late = {"lateness": self.random.choice((5 * SECOND, 30 * SECOND, 2 * MINUTE)), "accept_late": self.accept_late}
+        return rules(
+            meter("tokens", **late),
+            meter("calls", event_types=("used", "called"), aggregation="count", value=None, **late),
+            deduplicate_for=self.deduplicate_for,
+        )
+
+    # For everybody in it
+
+    def chance(self, probability: float) -> bool:
+        """Whether it happens this time."""
+        return self.random.random() < probability
+
+    def note(self, text: str, *values: object) -> None:
+        """A line of the trace."""
+        if self.trace is not None:
+            self.trace.append(f"{self.at(self.time)}  {text % values}")
+
+    def at(self, time: int) -> str:
+        """A time, as seconds since the beginning."""
+        return f"{(time - self.began) / 1000:11.3f}"
+
+    def claim(self, true: bool, text: str, *values: object) -> None:
+        """Raise ``Violation`` where it is not so."""
+        if not true:
+            raise Violation(text % values)
+
+    def later(self, delay: int, what: Callable[[], None]) -> None:
+        """Something on its way."""
+        self._planned += 1
+        heapq.heappush(self._events, (self.time + delay, self._planned, what))
+
+    @property
+    def next_event(self) -> int | None:
+        """When the next thing on its way arrives."""
+        return self._events[0][0] if self._events else None
+
+    def move(self, milliseconds: int) -> None:
+        """Time goes by, and things arrive."""
+        until = self.time + milliseconds
+        while self._events and self._events[0][0] <= until:
+            at, _, what = heapq.heappop(self._events)
+            self.time = max(self.time, at)
+            what()
+        self.time = until
+        self.store.expire()
+        silent = {each.id: self.time - each.silent_since for each in self.workers if each.silent_since is not None}
+        known = {each.id for each in self.workers}
+        for group in self.groups.values():
+            # A life that is over is silent for ever.
+            group.settle(self.time, lambda name: silent.get(name, 0 if name in known else DAY))
+
+    # Commits, requests
+
+    def fate_of_commit(self) -> str:
+        """What becomes of a commit."""
+        if self.calm or "bad commits" not in self.features or self.chance(0.85):
+            return "is made"
+        fate = self.random.choice(("fails", "is lost", "is late", "is unknown"))
+        self.met[f"a commit {fate}"] += 1
+        return fate
+
+    def finish_late(self, transaction: Transaction) -> None:
+        """A commit whose author has given up."""
+        try:
+            self.store.finish(transaction)
+        except NotDoneError:
+            return
+        self.note("a commit nobody waited for was made: %s", sorted(transaction.changes))
+
+    def applied(self, stage: Stage, partition: int, changes: Changes) -> None:
+        """A commit has become durable."""
+        if stage is Stage.AGGREGATE:
+            for each in changes.appends:
+                if each.log is Log.TOTALS and isinstance(record := decode(each.value), Advance):
+                    self._look_at_advance(record)
+            return
+        for value in changes.puts.values():
+            if b"in_doubt" in value and (marked := unpack(value).first_unproven) is not None:
+                self.met["in doubt"] += 1
+                age = self.time - marked
+                self.claim(
+                    age >= SAME_IDENTIFIER_FOR - HOST_CLOCKS, "partition %d: in doubt after %d ms", partition, age
+                )
+
+    def _look_at_advance(self, advance: Advance) -> None:
+        """An advance is evidence: what was not read by then has arrived later, and the time has really passed."""
+        settle = self.rules.settle
+        wrong = settle if self.honest else 5 * MINUTE + settle
+        self.claim(
+            advance.clock <= self.time + wrong + SMALL_STEP,
+            "partition %d was moved to %s, ahead of time", advance.partition, self.at(advance.clock),
+        )  # fmt: skip
+        for record in self.source[advance.partition].behind(advance.offset):
+            self.claim(
+                record[1][1] >= advance.clock - wrong,
+                "partition %d was moved to %s past what had arrived before",
+                advance.partition, self.at(advance.clock),
+            )  # fmt: skip
+        self.met["quiet clock"] += 1
+
+    def write(self, worker: Worker, delivery: Delivery, attempt: Attempt) -> None:
+        """A request leaves, and perhaps an answer comes."""
+        self.written[attempt.identifier] += 1
+        reporter, life, mood = worker.reporter, worker.id, self.stripe.mood
+        self.note("%s sends %s under %s", worker.id, attempt.payload, attempt.key)
+
+        def answer(heard: Heard, dated: bool = False) -> None:
+            if worker.id == life:
+                reporter.answers.append((delivery, attempt, heard))
+                if dated:
+                    worker.heard_of_stripe = Reading(self.time, worker.elapsed())
+
+        def arrive() -> None:
+            if self.time < self.stripe.away_until:
+                return
+            heard = self.stripe.post(attempt, self.time)
+            self.note("Stripe answers %s with %s", attempt.key, heard)
+            if waits and not lost:
+                self.later(back, lambda: answer(heard, dated=True))
+
+        lost = self.chance(mood.loses)
+        slow = self.chance(mood.dawdles)
+        there = self.random.randrange(20 * MINUTE) if slow else self.random.randrange(300)
+        back = self.random.randrange(300)
+        away = self.time < self.stripe.away_until
+        waits = there + back < TIMEOUT_MS
+        if away and self.chance(0.5):
+            self.later(there % TIMEOUT_MS, lambda: answer(NeverConnected()))
+            return
+        self.later(there, arrive)
+        if away or lost or not waits:
+            self.met["an answer is lost"] += 1
+            self.later(TIMEOUT_MS, lambda: answer(Lost()))
+
+    # What producers do
+
+    def produce(self) -> None:
+        """Some records for one partition, perhaps in a transaction that stays open."""
+        random = self.random
+        number = random.randrange(len(self.source))
+        log = self.source[number]
+        transaction = log.begin() if "transactions" in self.features and self.chance(0.15) else 0
+        for _ in range(random.randrange(1, 5)):
+            log.append(self._usage(number, log), self.time + random.randrange(50), transaction)
+        self.note("partition %d has %d records%s", number, log.end, " (open)" if transaction else "")
+
+    def _usage(self, number: int, log: SourceLog) -> Usage:
+        random = self.random
+        if "repetitions" in self.features and log.said and self.chance(0.3):
+            again = random.choice(log.said[-40:])
+            if again is not None:
+                return again
+        self._ids += 1
+        mine = [name for name in CUSTOMERS if zlib.crc32(name.encode()) % len(self.source) == number] or ["ann"]
+        kind = random.choices(("used", "called", "garbage", "tombstone"), (70, 25, 3, 2))[0]
+        return Usage(f"e{self._ids}", self._event_time(), random.choice(mine), kind, random.randrange(len(AMOUNTS)))
+
+    def _event_time(self) -> int | None:
+        random = self.random
+        draw = random.random()
+        if draw < 0.25:
+            return None
+        if draw < 0.6:
+            return self.time - random.randrange(90 * SECOND)
+        if draw < 0.85 or "late" not in self.features:
+            return self.time - self.rules.meters[0].lateness - random.randrange(MINUTE)
+        if draw < 0.95:
+            return self.time - random.randrange(3 * HOUR)
+        return self.time + random.choice((4 * MINUTE, 7 * MINUTE, -self.accept_late - MINUTE))
+
+    @property
+    def totals(self) -> list[Total]:
+        """All that stage 1 has made durable."""
+        return [record for log in self.store.totals for record in log if isinstance(record, Total)]
