@@ -375,14 +375,14 @@ def _conclude(screen: Screen, demo: Demo, stripe: StripeStandIn, lines: dict[tup
         "Neither bills anything."
     )
     tallyman = sys.argv[0] if Path(sys.argv[0]).name == "tallyman" else "tallyman"
-    screen.say("\nWhere to go next", "bold")
+    screen.say("\nWhere to go next, with config/tallyman.yaml", "bold")
     for command, what in (
-        ("check -c config/tallyman.yaml", "what would keep it from running, before it does"),
-        ("produce -c config/tallyman.yaml", "sample events for your topic"),
-        ("run -c config/tallyman.yaml", "the service, with a Stripe key in STRIPE_SECRET_KEY"),
-        ("totals -c config/tallyman.yaml", "what was or will be billed"),
+        ("check", "what would keep it from running, before it does"),
+        ("produce", "sample events for your topic"),
+        ("run", "the service, with a Stripe key in STRIPE_SECRET_KEY"),
+        ("totals", "what was or will be billed"),
     ):
-        screen.say(f"  {tallyman} {command:<33} {what}")
+        screen.say(f"  {tallyman} {command:<8} {what}")
 
 
 def _opened(database: Path) -> AbstractContextManager[SqliteStore]:

@@ -117,7 +117,7 @@ def test_every_event_is_billed_once_though_the_service_is_killed_twice(tmp_path:
         assert difference == "0"
     assert max(len(line) for line in output.splitlines()) <= 100
     assert not [*tmp_path.iterdir()], "temporary files are left"
-    named = re.findall(r"^  tallyman (\S+) -c", output, re.MULTILINE)
+    named = re.findall(r"^  tallyman (\S+) ", output, re.MULTILINE)
     assert named
     assert {*named} <= {*get_command(app).commands}, "it sends people to a command that does not exist"  # type: ignore[attr-defined]  # a group
 
