@@ -47,7 +47,8 @@ def revive(world: World) -> None:
 
 def pause(world: World) -> None:
     """A process stands still, wherever it is; often longer than its session, sometimes for days."""
-    worker = world.random.choice(world.workers)
+    busy = [worker for worker in world.workers if worker.reporter.sending]
+    worker = world.random.choice(busy if busy and world.chance(0.7) else world.workers)
     if worker.turns:
         world.note("%s is paused", worker.id)
         worker.paused, worker.silent_since = True, world.time
@@ -174,7 +175,7 @@ EVENTS: Final[tuple[tuple[str, float, Callable[[World], None]], ...]] = (
     ("locked out", 1, lock_out),
     ("offsets expire", 3, expire_offsets),
     ("", 3, step_clock),
-    ("days", 3, jump),
+    ("days", 5, jump),
     ("configurations", 3, configure),
     ("transactions", 8, decide),
     ("elsewhere", 3, write_elsewhere),

@@ -88,6 +88,10 @@ class Shell:
         world, store = self.world, self.world.store
         yield from self.effect()
         fate = world.fate_of_commit()
+        if not world.calm and world.groups[self.stage].calls_back(self.member):
+            # The thread that polls joins again while this one commits, and may be given other partitions by then.
+            world.groups[self.stage].join(self.member.name, world.time)
+            yield
         if fate == "fails":
             raise NotDoneError("the commit failed")
         transaction = store.begin(self.stage, self.member, changes)

@@ -91,10 +91,10 @@ class SourceLog:
         """What a read_committed reader is told: nothing behind an open transaction."""
         return min(self._open.values(), default=len(self.records))
 
-    def fetch(self, offset: int, most: int) -> tuple[list[Record], int]:
+    def fetch(self, offset: int, most: int, *, until: int | None = None) -> tuple[list[Record], int]:
         """Committed records from an offset on, and the position behind them, marks included."""
         found: list[Record] = []
-        end = self.stable_end
+        end = self.stable_end if until is None else until
         while offset < end and len(found) < most:
             record = self.records[offset]
             if record is not None and self._transactions[offset] not in self._aborted:

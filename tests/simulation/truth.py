@@ -231,7 +231,7 @@ def _replays_are_the_same(world: World) -> None:
         mine = sorted((each.offset, each.clock) for each in advances if each.partition == number)
         for offset, clock in [*mine, (log.end, 0)]:
             while position < offset:
-                records, position = log.fetch(position, offset - position)
+                records, position = log.fetch(position, log.end, until=offset)
                 core.step(records, world.time + MINUTE)
             core.advance(clock)
         while core.changed:

@@ -92,11 +92,11 @@ class Worker:
 
     def now(self) -> int:
         """The time of day by its host."""
-        return self.world.time + self.skew
+        return self.world.time + self.skew + (self.years if self.world.wild else 0)
 
     def wild_now(self) -> int:
         """The same, where it may be wrong by anything."""
-        return self.now() + self.years
+        return self.world.time + self.skew + self.years
 
     def elapsed(self) -> int:
         """Its monotonic clock."""
@@ -124,9 +124,10 @@ class Worker:
 class World:
     """Made from a seed, and by nothing else."""
 
-    def __init__(self, seed: int, *, trace: bool = False) -> None:
+    def __init__(self, seed: int, *, trace: bool = False, wild: bool = False) -> None:
         self.random = random = Random(seed)  # noqa: S311 - it has to repeat itself
         self.seed = seed
+        self.wild = wild
         self.trace: list[str] | None = [] if trace else None
         self.time = T0 + random.randrange(HOUR)
         self.began = self.time
@@ -278,6 +279,8 @@ class World:
 
         def arrive() -> None:
             if self.time < self.stripe.away_until:
+                if not away and waits and not lost:
+                    self.later(TIMEOUT_MS - there, lambda: answer(Lost()))
                 return
             heard = self.stripe.post(attempt, self.time)
             self.note("Stripe answers %s with %s", attempt.key, heard)
