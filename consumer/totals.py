@@ -76,6 +76,7 @@ class Command(msgspec.Struct, frozen=True, tag_field="kind", tag="command"):
 
 Record = Total | Advance | Command
 
+_COMMAND: Final = b'{"kind":"command",'
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
@@ -88,6 +89,11 @@ def encode(record: Record) -> bytes:
 def decode(value: bytes) -> Record:
     """The record that was encoded; raises ``msgspec.DecodeError`` for anything else."""
     return _decoder.decode(value)
+
+
+def is_command(value: bytes) -> bool:
+    """Whether a record of the totals log is an operator's decision, told without decoding what is not."""
+    return value.startswith(_COMMAND)
 
 
 def plain(scaled: int) -> str:

@@ -150,8 +150,7 @@ class Reporter:
         after = max(self._obeyed_below, self._next) - 1
         records = await asyncio.to_thread(self._store.read, Log.TOTALS, after, READ_AT_ONCE)
         for each in records:
-            record = totals.decode(each.value)
-            if isinstance(record, Command):
+            if totals.is_command(each.value) and isinstance(record := totals.decode(each.value), Command):
                 self.delivery.obey(record, self._clock.now())
         if records:
             self._obeyed_below = records[-1].offset + 1
