@@ -5,9 +5,10 @@ import sys
 import time
 import traceback
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from tests.simulation.chaos import run
+from tests.simulation.faults import FAULTS
 from tests.simulation.world import World
 
 
@@ -19,7 +20,14 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--trace", action="store_true", help="show everything that happened")
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first failure")
+    parser.add_argument("--fault", choices=[each.name for each in FAULTS], help="with this fault put in")
     given = parser.parse_args()
+    with next((each.put() for each in FAULTS if each.name == given.fault), nullcontext()):
+        return search(given)
+
+
+def search(given: argparse.Namespace) -> int:
+    """Run the seeds that are asked for."""
     seeds = range(given.first, given.first + given.seeds) if given.seed is None else [given.seed]
     began, done, failed = time.monotonic(), 0, 0
     met: Counter[str] = Counter()

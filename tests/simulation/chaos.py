@@ -240,19 +240,21 @@ def calm_down(world: World) -> None:
     stop(world)
 
 
-def idle(world: World, most: int) -> int:
-    """How long nothing happens by itself; what has nothing to wait for is looked at more and more seldom."""
-    times = [world.time + most]
-    if world.next_event is not None:
-        times.append(world.next_event)
+def idle(world: World, patience: int) -> int:
+    """How long nothing happens by itself; what waits for who knows what is looked at after ``patience``."""
+    times = [] if world.next_event is None else [world.next_event]
+    owned = 0
     for worker in world.workers:
-        for delivery in worker.reporter.deliveries.values():
-            times.append(delivery.wake(world.time) or times[0])
+        times.extend(delivery.wake(world.time) or 0 for delivery in worker.reporter.deliveries.values())
         for each in worker.intake.partitions.values():
-            closes = each.aggregator.next_close or 0
-            if closes > world.time:
-                times.append(closes)
-    return max(1, min(times) - world.time)
+            owned += 1
+            if each.aggregator.open_keys:
+                times.append(each.aggregator.next_close or 0)
+    # What is due already waits for something else: a restore, or a witness of the time.
+    known = [time if time > world.time else world.time + patience for time in times if time]
+    if not known or owned < len(world.source):
+        known.append(world.time + patience)
+    return min(known) - world.time
 
 
 def at_rest(world: World, released: set[str]) -> bool:

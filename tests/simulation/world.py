@@ -245,9 +245,8 @@ class World:
             if b"in_doubt" in value and (marked := unpack(value).first_unproven) is not None:
                 self.met["in doubt"] += 1
                 age = self.time - marked
-                self.claim(
-                    age >= SAME_IDENTIFIER_FOR - HOST_CLOCKS, "partition %d: in doubt after %d ms", partition, age
-                )
+                aged = self.wild or age >= SAME_IDENTIFIER_FOR - HOST_CLOCKS
+                self.claim(aged, "partition %d: in doubt after %d ms", partition, age)
 
     def _look_at_advance(self, advance: Advance) -> None:
         """An advance is evidence: what was not read by then has arrived later, and the time has really passed."""
