@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="show everything that happened")
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first failure")
     parser.add_argument("--fault", choices=[each.name for each in FAULTS], help="with this fault put in")
+    parser.add_argument("--wild", action="store_true", help="years' steps also of the clocks by which is sent")
     given = parser.parse_args()
     with next((each.put() for each in FAULTS if each.name == given.fault), nullcontext()):
         return search(given)
@@ -34,38 +35,38 @@ def search(given: argparse.Namespace) -> int:
     for seed in seeds:
         done += 1
         try:
-            met += run(seed).met
+            met += run(seed, world=World(seed, wild=given.wild)).met
         except Exception as failure:  # noqa: BLE001 - whatever breaks is what is looked for
             failed += 1
-            print(tell(seed, failure, whole=given.trace))
+            print(tell(seed, failure, whole=given.trace, wild=given.wild))
             if not given.keep_going:
                 break
         else:
             if given.trace:
-                print(*traced(seed), sep="\n")
+                print(*traced(seed, wild=given.wild), sep="\n")
     took = time.monotonic() - began
     print(f"{done} seeds in {took:.1f} s, {done / took:.0f} a second; {failed} failed")
     print(", ".join(f"{what}: {times}" for what, times in sorted(met.items())))
     return 1 if failed else 0
 
 
-def traced(seed: int) -> list[str]:
+def traced(seed: int, *, wild: bool = False) -> list[str]:
     """What happened in a run, which is the same each time."""
-    world = World(seed, trace=True)
+    world = World(seed, trace=True, wild=wild)
     with suppress(Exception):
         run(seed, world=world)
     return world.trace or []
 
 
-def tell(seed: int, failure: Exception, *, whole: bool = False) -> str:
+def tell(seed: int, failure: Exception, *, whole: bool = False, wild: bool = False) -> str:
     """How a seed failed: the end of its trace, the failure, and how to see it again."""
-    lines = traced(seed)
+    lines = traced(seed, wild=wild)
     return "\n".join(
         [
             *(lines if whole else lines[-25:]),
             *traceback.format_exception(failure)[-3:],
             f"seed {seed} failed: {type(failure).__name__}: {failure}",
-            f"see all of it: python -m tests.simulation --seed {seed} --trace",
+            f"see all of it: python -m tests.simulation --seed {seed} --trace{' --wild' * wild}",
         ]
     )
 

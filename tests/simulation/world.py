@@ -128,6 +128,7 @@ class World:
         self.random = random = Random(seed)  # noqa: S311 - it has to repeat itself
         self.seed = seed
         self.wild = wild
+        """Whether the clock by which requests are sent may step by years, too."""
         self.trace: list[str] | None = [] if trace else None
         self.time = T0 + random.randrange(HOUR)
         self.began = self.time
