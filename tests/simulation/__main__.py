@@ -38,7 +38,7 @@ def search(given: argparse.Namespace) -> int:
             met += run(seed, world=World(seed, wild=given.wild)).met
         except Exception as failure:  # noqa: BLE001 - whatever breaks is what is looked for
             failed += 1
-            print(tell(seed, failure, whole=given.trace, wild=given.wild))
+            print(tell(seed, failure, given))
             if not given.keep_going:
                 break
         else:
@@ -58,15 +58,17 @@ def traced(seed: int, *, wild: bool = False) -> list[str]:
     return world.trace or []
 
 
-def tell(seed: int, failure: Exception, *, whole: bool = False, wild: bool = False) -> str:
+def tell(seed: int, failure: Exception, given: argparse.Namespace | None = None) -> str:
     """How a seed failed: the end of its trace, the failure, and how to see it again."""
+    whole, wild, fault = (given.trace, given.wild, given.fault) if given else (False, False, None)
+    options = " --wild" * wild + (f' --fault "{fault}"' if fault else "")
     lines = traced(seed, wild=wild)
     return "\n".join(
         [
             *(lines if whole else lines[-25:]),
             *traceback.format_exception(failure)[-3:],
             f"seed {seed} failed: {type(failure).__name__}: {failure}",
-            f"see all of it: python -m tests.simulation --seed {seed} --trace{' --wild' * wild}",
+            f"see all of it: python -m tests.simulation --seed {seed} --trace{options}",
         ]
     )
 
