@@ -16,12 +16,14 @@ from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Entry, How, Reason, St
 from consumer.deliver.held import Parked, Seats
 from consumer.deliver.journal import Journal
 from consumer.deliver.ledger import PREFIX, Ledger
-from consumer.deliver.pacing import SECOND, Shut, delay
+from consumer.deliver.pacing import MINUTE, SECOND, Shut, delay
 from consumer.deliver.schedule import Live, Phase, Schedule
 from consumer.storage import Changes
 from consumer.totals import Advance, Command, Record, Total, for_stripe, plain, scaled
 
 LOOK_UP_AGAIN: Final = 30 * SECOND
+CLOCKS_DIFFER: Final = 60 * MINUTE
+"""The hour that is left of Stripe's 24 is for this too."""
 
 _COLLISIONS: Final = frozenset({Verdict.DUPLICATE, Verdict.MISMATCH})
 _MARKED: Final = frozenset({Phase.ARMING, Phase.READY, Phase.SENT})
@@ -286,7 +288,9 @@ class Delivery:
     def _may_go(self, live: Live, now: int) -> bool:
         marked = live.entry.first_unproven
         stopped = live.entry.total.stripe.event_name in self._stopped
-        return marked is not None and now - marked < SAME_IDENTIFIER_FOR and (live.tried or not stopped)
+        # A mark that lies in the future was made by a clock that has been set back: nobody knows how old it is.
+        young = marked is not None and -CLOCKS_DIFFER <= now - marked < SAME_IDENTIFIER_FOR
+        return young and (live.tried or not stopped)
 
     def _turn_back(self, live: Live, now: int) -> None:
         self._schedule.ended(live)

@@ -25,6 +25,11 @@ def delay(identifier: str, attempts: int) -> int:
     return longest - int(longest * share)
 
 
+def has_come(time: int, now: int) -> bool:
+    """Whether it is time; also where it lies further ahead than any wait, for then the clock has been set back."""
+    return not now < time <= now + _LONGEST_DELAY
+
+
 class Pacing:
     """A token bucket whose rate adapts: up by a sixtieth of the maximum a second, halved when Stripe says too fast."""
 

@@ -8,7 +8,7 @@ from enum import Enum, auto
 from consumer.deliver.answers import Answer, Heard, Verdict, throttled
 from consumer.deliver.entries import Entry
 from consumer.deliver.lanes import Key, Lanes
-from consumer.deliver.pacing import SECOND, Gate, Pacing, Shut
+from consumer.deliver.pacing import SECOND, Gate, Pacing, Shut, has_come
 
 
 class Phase(Enum):
@@ -121,7 +121,7 @@ class Schedule:
     def woken(self, now: int) -> list[Live]:
         """Those whose time to be looked at has come."""
         woken = []
-        while self._resting and self._resting[0][0] <= now:
+        while self._resting and has_come(self._resting[0][0], now):
             live = heapq.heappop(self._resting)[2]
             if live.phase is Phase.RESTING:
                 woken.append(live)
@@ -159,7 +159,7 @@ class Schedule:
         return live
 
     def _may_probe(self, now: int) -> bool:
-        return not self._sent and not self._arming and now >= self.gate.probe_at
+        return not self._sent and not self._arming and has_come(self.gate.probe_at, now)
 
     def ended(self, live: Live) -> None:
         """It was answered, or not sent after all."""

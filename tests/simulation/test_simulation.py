@@ -8,7 +8,7 @@ import pytest
 
 from tests.simulation.__main__ import tell, traced
 from tests.simulation.chaos import run
-from tests.simulation.world import Violation, World
+from tests.simulation.world import World
 
 SEEDS = 250
 AT_ONCE = 50
@@ -23,11 +23,6 @@ def test_everything_is_billed_once_whatever_happens(first: int) -> None:
             pytest.fail(tell(seed, failure), pytrace=False)
 
 
-@pytest.mark.xfail(
-    raises=Violation,
-    reason="stage 2 takes a mark or a rest that lies in the future for a young one: it sends an identifier that Stripe "
-    "has forgotten, or waits for the year to come. The mark has to make a doubt, the rest has to be over.",
-)
 def test_a_step_of_a_year_where_requests_are_sent() -> None:
     for seed in range(30):
         run(seed, world=World(seed, wild=True))
