@@ -15,7 +15,7 @@ from consumer.aggregate.readers import (
     filter_of,
     quantity_reader,
 )
-from consumer.aggregate.windows import HOUR, MINUTE, due, revision_at
+from consumer.aggregate.windows import HOUR, MINUTE, due, revision_at, window_start
 from consumer.events import Decoder, Event
 from consumer.totals import SCALE
 
@@ -119,7 +119,7 @@ class Counting:
                     customer = named(event)
                 if start <= at < end and partition.clock < deadline:
                     bucket = current
-                elif partition.clock < (window := at - at % size) + grace:
+                elif partition.clock < (window := window_start(at, size)) + grace:
                     bucket = current = on_time.get(window) or opened(window, 0)
                     start, end, deadline = window, window + size, window + grace
                 elif event is None:
