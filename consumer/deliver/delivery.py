@@ -239,7 +239,7 @@ class Delivery:
                 continue
             for identifier in identifiers:
                 self._place(self._unpark(identifier), now)
-        moved = {live for live in self._live.values() if self._is_other_at_stripe(live)}
+        moved = dict.fromkeys(live for live in self._live.values() if self._is_other_at_stripe(live))  # in their order
         self._schedule.withdraw(moved.__contains__)
         for live in moved:
             self._look(live, now)
