@@ -33,7 +33,8 @@ from consumer.runtime.intake import BATCH, BATCH_S, Intake
 from consumer.runtime.source import Source
 from consumer.sandbox.kafka import LocalKafka
 from consumer.sandbox.traffic import Message, produce
-from consumer.storage.sqlite import Facts, SqliteStore
+from consumer.storage import Facts
+from consumer.storage.sqlite import SqliteStore
 from consumer.totals import Destination
 
 TOPIC: Final = "usage"

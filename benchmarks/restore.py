@@ -22,12 +22,11 @@ from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record, R
 from consumer.aggregate.meters import Meter
 from consumer.aggregate.meters import Source as Identity
 from consumer.sandbox.kafka import LocalKafka
-from consumer.storage import Stage
+from consumer.storage import Facts, Stage
 from consumer.storage.kafka import KafkaStore
 from consumer.storage.kafka_reading import ends_of
 from consumer.storage.kafka_start import begin
 from consumer.storage.kafka_topics import Topics, ensure
-from consumer.storage.sqlite import Facts
 from consumer.totals import Destination
 
 SOURCE: Final = "usage"

@@ -15,8 +15,8 @@ from consumer.deliver.ledger import PREFIX, Column
 from consumer.runtime import audit, service, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.source import Source, Topic
-from consumer.storage import Log, Stage, StorageError
-from consumer.storage.sqlite import Facts, SqliteStore
+from consumer.storage import Facts, Log, Stage, StorageError
+from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import locked
 from consumer.totals import Total, scaled
 

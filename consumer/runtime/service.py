@@ -26,8 +26,8 @@ from consumer.runtime.metrics import Requests, State
 from consumer.runtime.reporter import Reporter
 from consumer.runtime.source import Ends, Source, Topic
 from consumer.runtime.stripe import Stripe
-from consumer.storage import Changes, Log, Stage
-from consumer.storage.sqlite import Facts, SqliteStore
+from consumer.storage import Changes, Facts, Log, Stage
+from consumer.storage.sqlite import SqliteStore
 
 log = structlog.get_logger()
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from consumer.runtime.source import Ends, Topic
-from consumer.storage.sqlite import Facts
+from consumer.storage import Facts
 
 LONGEST_BACK: Final = timedelta(days=34)
 """Stripe takes events of the last 35 days."""

@@ -54,6 +54,21 @@ class Restored(NamedTuple):
     entries: Iterator[tuple[bytes, bytes]]
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a pipeline's state belongs to, recorded at its first start; only the number of partitions ever changes."""
+
+    pipeline: str
+    cluster_id: str
+    topic: str
+    topic_id: str
+    bill_from: int
+    """Milliseconds since the epoch."""
+    partitions: int
+    created_at: int
+    """Milliseconds since the epoch."""
+
+
 class Store(Protocol):
     """Restore and commit."""
 

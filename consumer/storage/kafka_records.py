@@ -6,8 +6,7 @@ from typing import Final
 import msgspec
 from xxhash import xxh64_intdigest
 
-from consumer.storage import Log, StorageError
-from consumer.storage.sqlite import Facts
+from consumer.storage import Facts, Log, StorageError
 
 POSITION_KEY: Final = b"\x00offset"
 """The entry that says how far a processor has read. Each commit writes it as the partition's last record."""

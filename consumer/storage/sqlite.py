@@ -7,14 +7,14 @@ lock beside it keeps a second service out. Why each setting is what it is: docs/
 import sqlite3
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
-from consumer.storage import Append, Changes, Log, Restored, Stage, StorageError
+from consumer.storage import Append, Changes, Facts, Log, Restored, Stage, StorageError
 from consumer.storage.sqlite_file import Watch, beside, checkpoint, connect, explained, locked, verify, write_ahead
 
 SCHEMA_VERSION: Final = 1
@@ -70,21 +70,6 @@ _READ: Final = (
 )
 _OLDEST: Final = 'SELECT "offset", appended_at FROM {} WHERE "offset" < ? ORDER BY "offset" LIMIT ?'
 _EXPIRE: Final = 'DELETE FROM {} WHERE "offset" <= ?'
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a pipeline's state belongs to, recorded at its first start; only the number of partitions ever changes."""
-
-    pipeline: str
-    cluster_id: str
-    topic: str
-    topic_id: str
-    bill_from: int
-    """Milliseconds since the epoch."""
-    partitions: int
-    created_at: int
-    """Milliseconds since the epoch."""
 
 
 class Logged(NamedTuple):

@@ -20,8 +20,8 @@ from consumer.deliver.entries import decode_outcome
 from consumer.runtime import service
 from consumer.runtime.customers import Passthrough
 from consumer.sandbox.traffic import METERS, Expected
-from consumer.storage import Log, Stage
-from consumer.storage.sqlite import Facts, Logged, SqliteStore
+from consumer.storage import Facts, Log, Stage
+from consumer.storage.sqlite import Logged, SqliteStore
 from consumer.totals import Advance, Total, scaled
 from tests.exactness.world import Service, ask
 

@@ -11,12 +11,11 @@ from typing import Any
 from confluent_kafka import Consumer, TopicPartition
 
 from consumer.sandbox.kafka import Kafka
-from consumer.storage import Changes, Log, Stage
+from consumer.storage import Changes, Facts, Log, Stage
 from consumer.storage.kafka import KafkaStore
 from consumer.storage.kafka_reading import Logged, logged
 from consumer.storage.kafka_start import begin
 from consumer.storage.kafka_topics import Topics, ensure
-from consumer.storage.sqlite import Facts
 from tests.kafka.harness import DAY, until
 
 PARTITIONS = 3

@@ -37,7 +37,7 @@ from consumer import deadletters, totals
 from consumer.deadletters import DeadLetter
 from consumer.deliver.entries import Entry, encode_outcome, outcome
 from consumer.sandbox.kafka import Kafka, LocalKafka
-from consumer.storage import Append, Changes, Log, Stage, StorageError, kafka_reading, kafka_transactions
+from consumer.storage import Append, Changes, Facts, Log, Stage, StorageError, kafka_reading, kafka_transactions
 from consumer.storage import kafka as kafka_store
 from consumer.storage.kafka import KafkaStore, append
 from consumer.storage.kafka_client import Unreachable, reader
@@ -46,7 +46,6 @@ from consumer.storage.kafka_records import is_member, partition_of
 from consumer.storage.kafka_start import begin, grow, positions, recorded
 from consumer.storage.kafka_topics import Topics, ensure, partitions_of
 from consumer.storage.kafka_transactions import Abandoned, Fenced, OutcomeUnknown, Refused
-from consumer.storage.sqlite import Facts
 from tests.kafka.harness import DAY, until
 from tests.kafka.stores import Member, Pipeline
 

@@ -14,8 +14,8 @@ from confluent_kafka.cimpl import NewPartitions
 from consumer.config import load
 from consumer.runtime import service
 from consumer.sandbox.kafka import Kafka
-from consumer.storage import Changes, Stage, StorageError
-from consumer.storage.sqlite import Facts, SqliteStore
+from consumer.storage import Changes, Facts, Stage, StorageError
+from consumer.storage.sqlite import SqliteStore
 from tests.kafka.harness import (
     DAY,
     HOUR,

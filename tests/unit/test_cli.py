@@ -28,8 +28,8 @@ from consumer.deliver.entries import SAME_IDENTIFIER_FOR
 from consumer.runtime import audit, logs, redrive, reset
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source, SourceError, Topic
-from consumer.storage import Append, Log, Stage
-from consumer.storage.sqlite import Facts, SqliteStore
+from consumer.storage import Append, Facts, Log, Stage
+from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import locked
 from consumer.totals import Command, Destination, Total
 from tests.unit.delivery_world import NO_METER, OK, REFUSED, Names

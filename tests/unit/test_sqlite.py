@@ -17,8 +17,8 @@ from threading import Barrier, Thread
 
 import pytest
 
-from consumer.storage import Append, Changes, Log, Stage, StorageError, sqlite, sqlite_file
-from consumer.storage.sqlite import Facts, Logged, SqliteStore
+from consumer.storage import Append, Changes, Facts, Log, Stage, StorageError, sqlite, sqlite_file
+from consumer.storage.sqlite import Logged, SqliteStore
 
 FACTS = Facts("prod", "cluster-1", "usage-events", "topic-1", bill_from=1_000, partitions=2, created_at=2_000)
 FIRST = {0: Changes(10, {b"first": b"0"}), 1: Changes(20, {b"first": b"1"})}
