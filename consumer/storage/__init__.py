@@ -5,10 +5,10 @@ offset of the next record it has to read. A commit makes the offset, the changed
 any number of processors durable in one atomic step, or nothing of it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 
 class Stage(StrEnum):
@@ -69,6 +69,10 @@ class Facts:
     """Milliseconds since the epoch."""
 
 
+Progress = Callable[[int, int], None]
+"""Told, many times a second, how far a restore has read and to which end, as offsets. What it raises ends it."""
+
+
 class Store(Protocol):
     """Restore and commit."""
 
@@ -78,9 +82,57 @@ class Store(Protocol):
     def commit(self, stage: Stage, changes: Mapping[int, Changes]) -> None:
         """Make the changes of these partitions' processors durable, all or none.
 
-        After any exception the outcome is unknown to the caller, who has to drop its state and restore it.
+        Raises:
+            CommitFailed: the caller drops the state of these partitions, restores those that are still its own, and
+                goes on. Sending or counting anything before that bills twice.
+            StorageError: a person has to look; the caller ends.
         """
 
 
 class StorageError(Exception):
     """The store cannot be used; the message names the place and the cure."""
+
+
+class Unreachable(StorageError):
+    """The store does not answer, or what is asked for is held up there. Nothing is wrong: try again later.
+
+    An outage is for metrics and readiness, never for a restart.
+    """
+
+
+class CommitFailed(StorageError):
+    """A commit that came to nothing, or of which nobody knows what came; its state is to be restored."""
+
+    how: ClassVar[str]
+    """In one word, for metrics and logs."""
+
+
+class Abandoned(CommitFailed):
+    """The commit was aborted: nothing of it is there, or ever will be."""
+
+    how = "abandoned"
+
+
+class Refused(Abandoned):
+    """The group says that this process is no member, or not any more: others own its partitions now.
+
+    ``reason`` is the broker's, or ``not_a_member`` where the process knows it by itself.
+    """
+
+    how = "refused"
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class OutcomeUnknown(CommitFailed):
+    """Whether the commit was made is not known: as a whole or not at all. What is restored tells."""
+
+    how = "unknown"
+
+
+class Fenced(OutcomeUnknown):
+    """The store has given up the writer: it was silent for too long, or another one has taken its place."""
+
+    how = "fenced"

@@ -14,8 +14,7 @@ from uuid import uuid4
 
 from confluent_kafka import TopicPartition
 
-from consumer.storage import Append, Changes, Facts, Log, Restored, Stage, StorageError
-from consumer.storage.kafka_client import Unreachable
+from consumer.storage import Append, Changes, Facts, Log, Progress, Refused, Restored, Stage, StorageError, Unreachable
 from consumer.storage.kafka_reading import committed, ends_of, log_sizes, witnessed
 from consumer.storage.kafka_records import (
     POSITION_KEY,
@@ -27,10 +26,7 @@ from consumer.storage.kafka_records import (
     partition_of,
 )
 from consumer.storage.kafka_topics import TOMBSTONES_KEPT_S, Topics
-from consumer.storage.kafka_transactions import COMMIT_S, Offsets, Record, Refused, Transactions
-
-Progress = Callable[[int, int], None]
-"""Told, many times a second, how far a restore has read and to which end, as offsets. What it raises ends it."""
+from consumer.storage.kafka_transactions import COMMIT_S, Offsets, Record, Transactions
 
 
 class KafkaStore:

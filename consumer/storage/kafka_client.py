@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 from confluent_kafka import Consumer, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from consumer.storage import StorageError
+from consumer.storage import StorageError, Unreachable
 
 T = TypeVar("T")
 
@@ -38,13 +38,6 @@ _READING: Final = {
     "queued.min.messages": 100_000,
     "queued.max.messages.kbytes": 65_536,
 }
-
-
-class Unreachable(StorageError):
-    """Kafka does not answer, or what is asked for is held up there. Nothing is wrong with the state: try again later.
-
-    An outage is for metrics and readiness, never for a restart.
-    """
 
 
 def reader(client: Mapping[str, Any], group: str, *, committed: bool) -> Consumer:

@@ -8,8 +8,8 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 from confluent_kafka import KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from consumer.storage import Log, Stage, StorageError
-from consumer.storage.kafka_client import PASSING, REQUEST_S, Unreachable, asked, reader
+from consumer.storage import Log, Stage, StorageError, Unreachable
+from consumer.storage.kafka_client import PASSING, REQUEST_S, asked, reader
 from consumer.storage.kafka_topics import Topics, partitions_of
 
 PATIENCE_S: Final = 60.0

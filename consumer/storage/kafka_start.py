@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from confluent_kafka import TopicPartition
 
-from consumer.storage import Changes, Facts, Log, Stage, StorageError
-from consumer.storage.kafka_client import AGAIN_S, Unreachable, reader
+from consumer.storage import Abandoned, Changes, Facts, Log, OutcomeUnknown, Stage, StorageError, Unreachable
+from consumer.storage.kafka_client import AGAIN_S, reader
 from consumer.storage.kafka_reading import PATIENCE_S, committed, ends_of, log_sizes, partition_count, witnessed
 from consumer.storage.kafka_records import POSITION_KEY, Position, decode_position, encode_position
 from consumer.storage.kafka_topics import Topics
-from consumer.storage.kafka_transactions import COMMIT_S, Abandoned, Offsets, OutcomeUnknown, Record, Transactions
+from consumer.storage.kafka_transactions import COMMIT_S, Offsets, Record, Transactions
 
 TAIL: Final = 64
 """Records from the end of a state partition on in which its position is looked for at first."""

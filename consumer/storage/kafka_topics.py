@@ -11,8 +11,8 @@ from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._resource import ResourceType
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
-from consumer.storage import Log, Stage, StorageError
-from consumer.storage.kafka_client import AGAIN_S, REQUEST_S, Unreachable, asked
+from consumer.storage import Log, Stage, StorageError, Unreachable
+from consumer.storage.kafka_client import AGAIN_S, REQUEST_S, asked
 
 LARGEST_RECORD: Final = 2**20
 """Bytes. Larger than any record of ours: a dead letter holds an event of 256 KB in base64."""

@@ -7,8 +7,8 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from consumer.storage import StorageError
-from consumer.storage.kafka_client import Unreachable, asked
+from consumer.storage import Abandoned, Fenced, OutcomeUnknown, Refused, StorageError, Unreachable
+from consumer.storage.kafka_client import asked
 from consumer.storage.kafka_records import Headers
 from consumer.storage.kafka_topics import LARGEST_RECORD
 
@@ -23,40 +23,6 @@ ABORT_S: Final = 5.0
 POLL_S: Final = 0.05
 ACKNOWLEDGED_S: Final = 0.005
 """Nothing wakes us when all is acknowledged."""
-
-
-class Abandoned(StorageError):
-    """The commit was aborted: nothing of it is there, or ever will be.
-
-    The caller drops the state of the partitions that it named, restores them and goes on.
-    """
-
-
-class Refused(Abandoned):
-    """The group says that this process is no member, or not any more: others own its partitions now.
-
-    The caller drops the state of all its partitions and waits to be assigned some. ``reason`` is the broker's, or
-    ``not_a_member`` where the consumer knows it by itself.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-class OutcomeUnknown(StorageError):
-    """Whether the commit was made is not known. It was made as a whole or not at all.
-
-    The caller drops the state of the partitions that it named and restores them; what is restored tells. Sending or
-    counting anything before that bills twice.
-    """
-
-
-class Fenced(OutcomeUnknown):
-    """The broker has given up our producer: it was silent for too long, or another one has taken its place.
-
-    The caller drops the state of all its partitions and restores them. The next commit has a new producer.
-    """
 
 
 class Record(NamedTuple):

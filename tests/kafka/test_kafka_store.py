@@ -37,15 +37,28 @@ from consumer import deadletters, totals
 from consumer.deadletters import DeadLetter
 from consumer.deliver.entries import Entry, encode_outcome, outcome
 from consumer.sandbox.kafka import Kafka, LocalKafka
-from consumer.storage import Append, Changes, Facts, Log, Stage, StorageError, kafka_reading, kafka_transactions
+from consumer.storage import (
+    Abandoned,
+    Append,
+    Changes,
+    Facts,
+    Fenced,
+    Log,
+    OutcomeUnknown,
+    Refused,
+    Stage,
+    StorageError,
+    Unreachable,
+    kafka_reading,
+    kafka_transactions,
+)
 from consumer.storage import kafka as kafka_store
 from consumer.storage.kafka import KafkaStore, append
-from consumer.storage.kafka_client import Unreachable, reader
+from consumer.storage.kafka_client import reader
 from consumer.storage.kafka_reading import ends_of, witnessed
 from consumer.storage.kafka_records import is_member, partition_of
 from consumer.storage.kafka_start import begin, grow, positions, recorded
 from consumer.storage.kafka_topics import Topics, ensure, partitions_of
-from consumer.storage.kafka_transactions import Abandoned, Fenced, OutcomeUnknown, Refused
 from tests.kafka.harness import DAY, until
 from tests.kafka.stores import Member, Pipeline
 
@@ -698,8 +711,16 @@ def test_what_became_of_a_commit_without_an_answer_is_told_by_the_restore(
                 store.restore(AGGREGATE, 0)
             assert own_kafka._process is not None
             own_kafka._process.send_signal(signal.SIGCONT)
-            until(own_kafka.answers, "the broker is back")
+            until(lambda: restores(store), "the broker is back")
             number = check_numbered(pipeline, store, number + (2 if after else 1), number + 2)
+
+
+def restores(store: KafkaStore) -> bool:
+    try:
+        store.restore(AGGREGATE, 0)
+    except Unreachable:
+        return False
+    return True
 
 
 def commit_until_it_fails(store: KafkaStore, number: int) -> tuple[int, Exception]:
