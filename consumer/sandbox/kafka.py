@@ -1,4 +1,4 @@
-"""A real Apache Kafka on this machine: one process that is broker and controller, for tests and measurements."""
+"""A real Apache Kafka on this machine: processes that are broker and controller, for tests and measurements."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -47,7 +49,7 @@ class Kafka:
         self, name: str, partitions: int = 1, arrival: Arrival = "log_append_time", **config: str | int
     ) -> None:
         """
-        Create a topic with one replica and return once clients can use it.
+        Create a topic with as many replicas as the cluster gives by default; return once clients can use it.
 
         `arrival` says whose clock stamps the records. Further topic settings are given with underscores for
         dots: `cleanup_policy="compact"`.
@@ -55,7 +57,7 @@ class Kafka:
         settings = {key.replace("_", "."): str(value) for key, value in config.items()}
         settings["message.timestamp.type"] = "LogAppendTime" if arrival == "log_append_time" else "CreateTime"
         admin = self._admin()
-        topic = NewTopic(name, num_partitions=partitions, replication_factor=1, config=settings)
+        topic = NewTopic(name, num_partitions=partitions, replication_factor=-1, config=settings)
         admin.create_topics([topic], operation_timeout=30.0)[name].result(timeout=40.0)
         deadline = time.monotonic() + 30.0
         while not _has_leaders(admin, name, partitions):
@@ -75,6 +77,107 @@ class Kafka:
         return AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
 
 
+class Node:
+    """One Kafka process on this machine, with its folder. `kill` or `stop`, then `start`: address and data stay."""
+
+    def __init__(self, folder: Path, properties: Mapping[str, str], *, heap: str) -> None:
+        """`heap` is the most memory that Java's objects get, as Java writes it."""
+        self._folder = folder
+        self._heap = heap
+        self._properties = {**properties, "log.dirs": str(folder / "data")}
+        self.log_file = folder / "kafka.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def format(self, cluster_id: str) -> None:
+        """Prepare its storage, once."""
+        self._write_properties()
+        formatted = self._java("128m", "kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}").wait()
+        if formatted:
+            raise RuntimeError(f"Kafka's storage could not be formatted. {self.log_tail()}")
+
+    def format_like(self, other: Node, number: int) -> None:
+        """The same as another node of the cluster, which has not been started yet: a second instead of three."""
+        self._write_properties()
+        shutil.copytree(other._folder / "data", self._folder / "data")
+        meta = self._folder / "data" / "meta.properties"
+        changed = {"node.id": str(number), "directory.id": new_id()}
+        lines = [line.partition("=") for line in meta.read_text().splitlines()]
+        meta.write_text("".join(f"{key}{mid}{changed.get(key, value)}\n" for key, mid, value in lines))
+
+    def start(self) -> None:
+        """Start it, and wait for nothing."""
+        if self._process is not None:
+            raise RuntimeError("the broker is running already")
+        self._process = self._java(self._heap, "kafka.Kafka")
+        # If we are killed, the pipe closes and the guard ends the broker that would be left behind.
+        self._guard = subprocess.Popen(  # noqa: S603 - our own command line
+            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def stop(self) -> None:
+        """Shut it down in good order: clients are told and the log is closed."""
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_DEADLINE_S)
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once, as a power failure would."""
+        for process in (self._guard, self._process):  # in this order: the guard must not outlive what it would kill
+            if process is not None:
+                process.kill()
+                process.communicate()
+        self._process = self._guard = None
+
+    def suspend(self) -> None:
+        """It stands still, with all its connections, until it is resumed."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """It goes on as if nothing had been."""
+        self._signal(signal.SIGCONT)
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        lines = self.log_file.read_text(errors="replace").splitlines()[-15:]
+        return "\n".join([f"The end of its log, {self.log_file}:", *lines])
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is None:
+            raise RuntimeError("the broker is not running")
+        self._process.send_signal(number)
+
+    def _write_properties(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        self._properties_file.write_text("".join(f"{key}={value}\n" for key, value in self._properties.items()))
+
+    @property
+    def _properties_file(self) -> Path:
+        return self._folder / "server.properties"
+
+    def _java(self, heap: str, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+        configuration = f"--config={self._properties_file}" if arguments else str(self._properties_file)
+        settings = [f"-Xmx{heap}", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{_artifacts()}/*"]
+        # In its own session, so that Ctrl-C reaches those who use the broker and lets them finish.
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 - our own command line
+                [_command("java"), *settings, program, *arguments, configuration],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+
 class LocalKafka(Kafka):
     """
     A Kafka broker in a process of its own, with its data in a temporary folder.
@@ -84,18 +187,23 @@ class LocalKafka(Kafka):
     """
 
     def __init__(self) -> None:
-        self._java = _command("java")
-        self._classpath = f"{_artifacts()}/*"
+        _command("java")
+        _artifacts()
         self._folder = Path(tempfile.mkdtemp(prefix="tallyman-kafka-"))
-        port, self._controller_port = free_ports()
+        port, controller = free_ports()
         super().__init__(f"127.0.0.1:{port}")
-        self.log_file = self._folder / "kafka.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        properties = {
+            **server_properties(),
+            "listeners": f"PLAINTEXT://{self.bootstrap_servers},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": f"PLAINTEXT://{self.bootstrap_servers}",
+            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+        }
+        self._node = Node(self._folder, properties, heap="512m")
+        self.log_file = self._node.log_file
 
     def __enter__(self) -> Self:
         try:
-            self._format()
+            self._node.format(new_id())
             self.start()
         except BaseException as error:
             self.kill()
@@ -111,82 +219,42 @@ class LocalKafka(Kafka):
 
     def start(self) -> None:
         """Start the broker on its address and data and return once it answers."""
-        if self._process is not None:
-            raise RuntimeError("the broker is running already")
-        # In its own session, so that Ctrl-C reaches those who use the broker and lets them finish.
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - our own command line
-                [*self._jvm("512m"), "kafka.Kafka", str(self._properties_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        # If we are killed, the pipe closes and the guard ends the broker that would be left behind.
-        self._guard = subprocess.Popen(  # noqa: S603 - our own command line
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + _START_DEADLINE_S
-        while not self.answers():
-            if self._process.poll() is not None:
-                raise RuntimeError(f"Kafka ended while starting. {self._log_tail()}")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"Kafka does not answer {_START_DEADLINE_S:.0f} s after start. {self._log_tail()}")
-            time.sleep(0.05)
+        self._node.start()
+        until_started(self.answers, [self._node])
 
     def stop(self) -> None:
         """Shut the broker down in good order: clients are told and the log is closed."""
-        if self._process is not None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_DEADLINE_S)
-            self.kill()
+        self._node.stop()
 
     def kill(self) -> None:
         """End the broker at once, as a power failure would."""
-        for process in (self._guard, self._process):  # in this order: the guard must not outlive what it would kill
-            if process is not None:
-                process.kill()
-                process.communicate()
-        self._process = self._guard = None
+        self._node.kill()
 
-    @property
-    def _properties_file(self) -> Path:
-        return self._folder / "server.properties"
+    def suspend(self) -> None:
+        """It stands still, with all its connections, until it is resumed."""
+        self._node.suspend()
 
-    def _format(self) -> None:
-        properties = {
-            **server_properties(),
-            "listeners": f"PLAINTEXT://{self.bootstrap_servers},CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{self.bootstrap_servers}",
-            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
-            "log.dirs": f"{self._folder}/data",
-        }
-        self._properties_file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        with self.log_file.open("ab") as log:
-            formatted = subprocess.run(  # noqa: S603 - our own command line
-                [
-                    *self._jvm("128m"),
-                    *("kafka.tools.StorageTool", "format"),
-                    f"--cluster-id={cluster_id}",
-                    f"--config={self._properties_file}",
-                ],
-                stdout=log,
-                stderr=log,
-                check=False,
-            )
-        if formatted.returncode:
-            raise RuntimeError(f"Kafka's storage could not be formatted. {self._log_tail()}")
+    def resume(self) -> None:
+        """It goes on as if nothing had been."""
+        self._node.resume()
 
-    def _jvm(self, heap: str) -> list[str]:
-        return [self._java, f"-Xmx{heap}", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", self._classpath]
 
-    def _log_tail(self) -> str:
-        lines = self.log_file.read_text(errors="replace").splitlines()[-15:]
-        return "\n".join([f"The end of its log, {self.log_file}:", *lines])
+def until_started(answer: Callable[[], bool], nodes: Iterable[Node]) -> None:
+    """Return once they answer. Raises what is wrong where one of them has ended, or the deadline has passed."""
+    deadline = time.monotonic() + _START_DEADLINE_S
+    nodes = list(nodes)
+    while not answer():
+        for node in nodes:
+            if not node.running:
+                raise RuntimeError(f"Kafka ended while starting. {node.log_tail()}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Kafka does not answer {_START_DEADLINE_S:.0f} s after start. {node.log_tail()}")
+        time.sleep(0.05)
+
+
+def new_id() -> str:
+    """An id as Kafka gives clusters and directories."""
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
 
 
 def server_properties() -> dict[str, str]:
@@ -279,11 +347,17 @@ def _command(name: str) -> str:
 
 def free_ports() -> tuple[int, int]:
     """Two ports of this machine that nobody listens on."""
+    first, second = some_free_ports(2)
+    return first, second
+
+
+def some_free_ports(number: int) -> list[int]:
+    """So many ports of this machine that nobody listens on."""
     # Below the ephemeral range: a client that reconnects during an outage could be given the very port as its own.
     free: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1_000):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             free.append(port)
-        if len(free) == 2:
-            return free[0], free[1]
-    raise KafkaUnavailableError("a local Kafka needs two free ports between 20000 and 32000")
+        if len(free) == number:
+            return free
+    raise KafkaUnavailableError(f"a local Kafka needs {number} free ports between 20000 and 32000")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import NamedTuple
 
 from confluent_kafka import Consumer, Message, TopicPartition
 
@@ -21,8 +22,9 @@ from consumer.runtime import service
 from consumer.runtime.customers import Passthrough
 from consumer.sandbox.traffic import METERS, Expected
 from consumer.storage import Facts, Log, Stage
-from consumer.storage.sqlite import Logged, SqliteStore
+from consumer.storage.kafka_records import partition_of
 from consumer.totals import Advance, Total, scaled
+from tests.exactness.left import InSqlite, Left
 from tests.exactness.world import Service, ask
 
 _UNIT = Decimal(10) ** 12
@@ -58,20 +60,33 @@ class Produced:
 
 
 def judge(produced: Produced, service_: Service, stripe: str) -> Verdict:
-    """Compare everything, after the service has stopped. Raises ``NotExactError``."""
+    """Compare everything that the embedded store has kept, after the service has stopped. Raises ``NotExactError``."""
+    with InSqlite.open(service_.database) as left:
+        return compare(produced, load(service_.config_file, service_.environment), left, stripe)
+
+
+def compare(produced: Produced, config: Config, left: Left, stripe: str) -> Verdict:
+    """Compare everything, after all that was produced is billed. Raises ``NotExactError``."""
     verdict = Verdict()
-    config = load(service_.config_file, service_.environment)
     _check_billed(verdict, produced.expected, stripe)
-    with SqliteStore.open(service_.database, now=lambda: time.time_ns() // 10**6, create=False, lock=True) as store:
-        log = [totals.decode(each.value) for each in _whole(store, Log.TOTALS)]
-        made = [each for each in log if isinstance(each, Total)]
-        _check_identifiers(verdict, made, store, stripe)
-        _check_stage_1(verdict, produced, made, config, store)
-        _check_stage_2(verdict, produced.expected, made, store)
-        _check_replay(verdict, produced.partitions, config, store)
+    log = [Entry(kept.partition, kept.offset, kept.value, totals.decode(kept.value)) for kept in left.log(Log.TOTALS)]
+    made = [each.record for each in log if isinstance(each.record, Total)]
+    _check_identifiers(verdict, made, left, stripe)
+    _check_stage_1(verdict, produced, made, config, left)
+    _check_stage_2(verdict, produced.expected, log, left)
+    _check_replay(verdict, produced.partitions, config, log, left)
     if verdict.wrong:
         raise NotExactError("\n".join(verdict.wrong))
     return verdict
+
+
+class Entry(NamedTuple):
+    """A record of the totals log, as it lies there and as what it is."""
+
+    partition: int
+    offset: int
+    value: bytes
+    record: totals.Record
 
 
 def _check_billed(verdict: Verdict, expected: Expected, stripe: str) -> None:
@@ -83,17 +98,17 @@ def _check_billed(verdict: Verdict, expected: Expected, stripe: str) -> None:
     verdict.equal("identifiers sent with two contents or counted twice", ask(stripe, "violations"), [])
 
 
-def _check_identifiers(verdict: Verdict, made: list[Total], store: SqliteStore, stripe: str) -> None:
+def _check_identifiers(verdict: Verdict, made: list[Total], left: Left, stripe: str) -> None:
     events = {event["identifier"]: scaled(event["value"]) for event in ask(stripe, "events")}
     verdict.equal("totals made once", len({total.identifier for total in made}), len(made))
     verdict.equal("Meter Events at Stripe", events, {t.identifier: scaled(t.value) for t in made if scaled(t.value)})
-    outcomes = [decode_outcome(each.value) for each in _whole(store, Log.OUTCOMES)]
+    outcomes = [decode_outcome(each.value) for each in left.log(Log.OUTCOMES)]
     verdict.equal("totals finished once", sorted(o.identifier for o in outcomes), sorted(t.identifier for t in made))
 
 
-def _check_stage_1(verdict: Verdict, produced: Produced, made: list[Total], config: Config, store: SqliteStore) -> None:
+def _check_stage_1(verdict: Verdict, produced: Produced, made: list[Total], config: Config, left: Left) -> None:
     counts = produced.expected.counts
-    aggregators = list(_restored(produced.partitions, config, store))
+    aggregators = list(_restored(produced.partitions, config, left))
     books = [aggregator.book for aggregator in aggregators]
     for aggregator in aggregators:
         aggregator.check()
@@ -103,7 +118,7 @@ def _check_stage_1(verdict: Verdict, produced: Produced, made: list[Total], conf
     verdict.equal("events of no meter", sum(b.ignored.get("unmatched", 0) for b in books), counts.unmatched)
     verdict.equal("tombstones", sum(b.ignored.get("tombstone", 0) for b in books), produced.tombstones)
     verdict.equal("events in dead letters", sum(sum(b.dead.values()) for b in books), counts.malformed)
-    letters = [deadletters.decode(each.value) for each in _whole(store, Log.DEAD_LETTERS)]
+    letters = [deadletters.decode(each.value) for each in left.log(Log.DEAD_LETTERS)]
     verdict.equal("dead letters kept", len({(each.partition, each.offset) for each in letters}), counts.malformed)
     verdict.equal("dead letters kept once", len(letters), counts.malformed)
     verdict.equal("customers in open windows", sum(a.open_keys for a in aggregators), 0)
@@ -117,43 +132,60 @@ def _check_stage_1(verdict: Verdict, produced: Produced, made: list[Total], conf
         verdict.equal(f"{meter}: events in totals", sum(t.events for t in of_meter), sum(b.events for b in meter_books))
 
 
-def _check_stage_2(verdict: Verdict, expected: Expected, made: list[Total], store: SqliteStore) -> None:
-    restored = store.restore(Stage.DELIVER, 0)
-    if restored is None:
-        verdict.wrong.append("stage 2 has no state")
-        return
-    delivery = Delivery(customers=Passthrough(), in_flight=2_000, parked_limit=1, max_rate=1.0)
-    delivery.restore(restored.offset, restored.entries, time.time_ns() // 10**6)
-    verdict.equal("the totals log read to its end", restored.offset, store.end(Log.TOTALS))
+def _check_stage_2(verdict: Verdict, expected: Expected, log: list[Entry], left: Left) -> None:
+    deliveries = list(_deliveries(verdict, log, left))
+    verdict.equal(
+        "totals anywhere but in the logs", sum(d.in_flight + d.aside + len([*d.parked()]) for d in deliveries), 0
+    )
     for meter, value in _by_meter(expected).items():
-        book = delivery.ledger.books[meter]
-        number = sum(total.meter == meter for total in made)
-        verdict.equal(f"{meter}: value read by stage 2", book.read.value, value)
-        verdict.equal(f"{meter}: value delivered and rounded off", book.delivered.value + book.rounded.value, value)
-        verdict.equal(f"{meter}: totals delivered or zero", book.delivered.totals + book.zero.totals, number)
-        verdict.equal(f"{meter}: missing, astray", (book.missing, book.astray), (0, 0))
-        elsewhere = (book.pending, book.unbilled, book.refused, book.discarded, *book.parked.values())
-        verdict.equal(f"{meter}: totals anywhere else", sum(column.totals for column in elsewhere), 0)
+        books = [each.ledger.books[meter] for each in deliveries if meter in each.ledger.books]
+        number = sum(isinstance(each.record, Total) and each.record.meter == meter for each in log)
+        billed = sum(book.delivered.value + book.rounded.value for book in books)
+        verdict.equal(f"{meter}: value read by stage 2", sum(book.read.value for book in books), value)
+        verdict.equal(f"{meter}: value delivered and rounded off", billed, value)
+        finished = sum(book.delivered.totals + book.zero.totals for book in books)
+        verdict.equal(f"{meter}: totals delivered or zero", finished, number)
+        verdict.equal(f"{meter}: missing, astray", {(book.missing, book.astray) for book in books}, {(0, 0)})
+        elsewhere = [
+            column.totals
+            for book in books
+            for column in (book.pending, book.unbilled, book.refused, book.discarded, *book.parked.values())
+        ]
+        verdict.equal(f"{meter}: totals anywhere else", sum(elsewhere), 0)
 
 
-def _check_replay(verdict: Verdict, partitions: int, config: Config, store: SqliteStore) -> None:
+def _deliveries(verdict: Verdict, log: list[Entry], left: Left) -> Iterator[Delivery]:
+    unread = 0
+    for partition in range(left.spread):
+        restored = left.restored(Stage.DELIVER, partition)
+        unread += sum(each.partition == partition and each.offset >= restored.offset for each in log)
+        delivery = Delivery(customers=Passthrough(), in_flight=2_000, parked_limit=1, max_rate=1.0)
+        delivery.restore(restored.offset, restored.entries, time.time_ns() // 10**6)
+        yield delivery
+    verdict.equal("records of the totals log that stage 2 has not read", unread, 0)
+
+
+def _check_replay(verdict: Verdict, partitions: int, config: Config, log: list[Entry], left: Left) -> None:
     """The log with its recorded advances, read in one go without a single commit, closes the same totals."""
-    was: dict[int, list[bytes]] = defaultdict(list)
+    was: dict[tuple[int, int], list[bytes]] = defaultdict(list)
     advances: dict[int, list[Advance]] = defaultdict(list)
-    for each in _whole(store, Log.TOTALS):
-        record = totals.decode(each.value)
-        if isinstance(record, Total):
-            was[record.partition].append(each.value)
-        elif isinstance(record, Advance):
-            advances[record.partition].append(record)
-    again = {p: replayed(config, store, p, advances[p]) for p in range(partitions)}
+    for each in log:
+        if isinstance(each.record, Total):
+            was[each.record.partition, each.partition].append(each.value)
+        elif isinstance(each.record, Advance):
+            advances[each.record.partition].append(each.record)
+    again: dict[tuple[int, int], list[bytes]] = defaultdict(list)
+    for partition in range(partitions):
+        moves = sorted(advances[partition], key=lambda advance: (advance.offset, advance.clock))
+        for key, value in replayed(config, left.facts, partition, moves):
+            again[partition, partition_of(key, left.spread)].append(value)
     number = sum(map(len, advances.values()))
-    verdict.equal(f"totals of a replay with {number} advances of clocks, byte for byte in order", again, dict(was))
+    verdict.equal(f"totals of a replay with {number} advances of clocks, byte for byte in order", again, was)
 
 
-def replayed(config: Config, store: SqliteStore, partition: int, advances: list[Advance]) -> list[bytes]:
-    """The totals that a partition's log makes, in their order, with its clock moved where it was moved."""
-    aggregator = Aggregator(service.rules_of(config, _facts(store).bill_from), _identity(_facts(store), partition), 0)
+def replayed(config: Config, facts: Facts, partition: int, advances: list[Advance]) -> list[tuple[bytes, bytes]]:
+    """Keys and values of the totals that a partition's log makes, with its clock moved where it was moved."""
+    aggregator = Aggregator(service.rules_of(config, facts.bill_from), _identity(facts, partition), 0)
     pending = list(reversed(advances))
     now = time.time_ns() // 10**6
     for batch in _records(config, partition):
@@ -166,10 +198,10 @@ def replayed(config: Config, store: SqliteStore, partition: int, advances: list[
             rest = rest[upto:]
     while pending:
         aggregator.advance(pending.pop().clock)
-    made: list[bytes] = []
+    made: list[tuple[bytes, bytes]] = []
     while aggregator.changed:
-        made += [each.value for each in aggregator.commit().appends if each.log is Log.TOTALS]
-    return [each for each in made if isinstance(totals.decode(each), Total)]
+        made += [(each.key, each.value) for each in aggregator.commit().appends if each.log is Log.TOTALS]
+    return [each for each in made if isinstance(totals.decode(each[1]), Total)]
 
 
 def _records(config: Config, partition: int) -> Iterator[list[Record]]:
@@ -196,32 +228,15 @@ def _record(message: Message) -> Record:
     return message.offset(), message.timestamp(), message.key(), message.headers(), message.value()  # type: ignore[return-value]
 
 
-def _restored(partitions: int, config: Config, store: SqliteStore) -> Iterator[Aggregator]:
-    facts = _facts(store)
+def _restored(partitions: int, config: Config, left: Left) -> Iterator[Aggregator]:
+    rules = service.rules_of(config, left.facts.bill_from)
     for partition in range(partitions):
-        restored = store.restore(Stage.AGGREGATE, partition)
-        if restored is None:
-            raise NotExactError(f"partition {partition} has no state")
-        rules = service.rules_of(config, facts.bill_from)
-        yield Aggregator(rules, _identity(facts, partition), restored.offset, restored.entries)
-
-
-def _facts(store: SqliteStore) -> Facts:
-    facts = store.facts()
-    if facts is None:
-        raise NotExactError("the service never started")
-    return facts
+        restored = left.restored(Stage.AGGREGATE, partition)
+        yield Aggregator(rules, _identity(left.facts, partition), restored.offset, restored.entries)
 
 
 def _identity(facts: Facts, partition: int) -> Identity:
     return Identity(facts.cluster_id, facts.topic_id, facts.pipeline, partition)
-
-
-def _whole(store: SqliteStore, log: Log) -> Iterator[Logged]:
-    after = 0
-    while page := store.read(log, after, _PAGE):
-        yield from page
-        after = page[-1].offset
 
 
 def _by_meter(expected: Expected) -> dict[str, int]:
