@@ -16,6 +16,7 @@ from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Entry, How, Reason, St
 from consumer.deliver.held import Parked, Seats
 from consumer.deliver.journal import Journal
 from consumer.deliver.ledger import PREFIX, Ledger
+from consumer.deliver.outlet import Outlet
 from consumer.deliver.pacing import MINUTE, SECOND, Shut, delay
 from consumer.deliver.schedule import Live, Phase, Schedule
 from consumer.storage import Changes
@@ -56,10 +57,13 @@ class Delivery:
     """Stage 2 on one partition of the totals log. Times are milliseconds since the epoch.
 
     A total that has been read is in exactly one place: in flight (the schedule), set aside (the seats) or parked.
+
+    All deliveries of a process share one outlet. Whoever has several asks each in turn for its ``next``, and goes on
+    behind the one that had something: otherwise the first takes all that the rate allows.
     """
 
-    def __init__(self, *, customers: Customers, in_flight: int, parked_limit: int, max_rate: float) -> None:
-        """Bounds in totals, the rate in attempts per second. ``restore`` comes first, and once."""
+    def __init__(self, *, customers: Customers, in_flight: int, parked_limit: int, outlet: Outlet) -> None:
+        """Bounds in totals, of this delivery alone. ``restore`` comes first, and once; ``drop`` last."""
         self.ledger = Ledger()
         self.alarms: dict[Reason, int] = {}
         """How many totals are parked, by reason, as of the last commit."""
@@ -70,7 +74,9 @@ class Delivery:
         self._parked_limit = parked_limit
         self._seats = Seats(in_flight)
         self._parked = Parked()
-        self._schedule = Schedule(max_rate)
+        self._outlet = outlet
+        self._schedule = Schedule(outlet)
+        self._dropped = False
         self._live: dict[str, Live] = {}
         self._attempts: dict[str, Attempt] = {}
         self._futile: set[str] = set()
@@ -85,6 +91,8 @@ class Delivery:
     @property
     def room(self) -> int:
         """How many more totals may be read from the log now; the others lie well there."""
+        if self._dropped:
+            return 0
         if self.shut in {Shut.UNAUTHORISED, Shut.REFUSALS}:
             # Somebody has to find out whether it is cured, and everybody in here was refused.
             return min(1, self._seats.left) if self._live.keys() <= self._futile else 0
@@ -93,7 +101,7 @@ class Delivery:
     @property
     def shut(self) -> Shut | None:
         """Why only one total at a time is tried; None where all may be."""
-        return self._schedule.gate.shut
+        return self._outlet.gate.shut
 
     @property
     def paused(self) -> str | None:
@@ -110,7 +118,7 @@ class Delivery:
     @property
     def rate(self) -> float:
         """Attempts per second at most, as Stripe lets us."""
-        return self._schedule.pacing.rate
+        return self._outlet.pacing.rate
 
     @property
     def in_flight(self) -> int:
@@ -125,7 +133,7 @@ class Delivery:
     @property
     def due(self) -> bool:
         """Whether a commit is worth making now: as much has changed as is moving, or nothing is left to send."""
-        if self._committing is not None:
+        if self._committing is not None or self._dropped:
             return False
         return self._schedule.starved or len(self._journal) >= max(1, self._schedule.moving)
 
@@ -166,6 +174,8 @@ class Delivery:
         """What has to be made durable now, None where nothing has changed. ``committed`` comes before the next one."""
         if self._committing is not None:
             raise RuntimeError("the last commit is not settled")
+        if self._dropped:
+            return None
         for live in self._schedule.arm(now):
             self._journal.put(live.entry.total.identifier, live)
         changes = self._journal.take()
@@ -186,6 +196,16 @@ class Delivery:
         for live in self._schedule.retire():
             self._look(live, now)
         self._fill(now)
+
+    def drop(self) -> None:
+        """The partition is not ours any more, or what is known of it here is not to be trusted.
+
+        Nothing is sent and nothing committed from now on, answers to come have no say, and the others have the outlet
+        to themselves. Whoever gives up a delivery has to drop it, after ``retire`` too; to do it twice is harmless.
+        """
+        self._dropped = True
+        self._attempts.clear()
+        self._schedule.drop()
 
     # The log and the mapping
 
@@ -259,10 +279,14 @@ class Delivery:
 
     def next(self, now: int) -> Attempt | None:
         """An attempt to write to Stripe now; None where there is nothing to send now."""
+        if self._dropped:
+            return None
         for live in (woken := self._schedule.woken(now)):
             self._look(live, now)
         if woken:
             self._fill(now)
+        if not self.shut:
+            self._futile.clear()
         while (taken := self._schedule.take(now)) is not None:
             if self._may_go(taken, now):
                 attempt = self._attempts[taken.entry.total.identifier] = _attempt(taken.entry)
@@ -272,7 +296,7 @@ class Delivery:
 
     def wake(self, now: int) -> int | None:
         """When ``next`` may have something that it has not now, as far as time alone decides."""
-        return self._schedule.wake(now)
+        return None if self._dropped else self._schedule.wake(now)
 
     def may_send(self, attempt: Attempt, now: int) -> bool:
         """Whether the attempt may be written at this moment; False ends it, and no answer to it is expected."""

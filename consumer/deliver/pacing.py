@@ -115,6 +115,8 @@ class Gate:
 
     def __init__(self) -> None:
         self.shut: Shut | None = None
+        self.turned = 0
+        """How often it was shut or opened: who has not seen a turn can tell by this."""
         self.probe_at = 0
         self._silent = 0
         self._probes = 0
@@ -150,6 +152,7 @@ class Gate:
                 del self._refused[forgotten]
 
     def _close(self, reason: Shut, now: int) -> None:
+        self.turned += self.shut is None
         self.shut = reason
         self._probes = 0
         self._plan(now)
@@ -159,6 +162,7 @@ class Gate:
         self.probe_at = now + (min(soon, self.PROBE_EVERY) if self.shut is Shut.DOWN else self.PROBE_EVERY)
 
     def _open(self) -> None:
+        self.turned += 1
         self.shut = None
         self._silent = 0
         self._last.clear()

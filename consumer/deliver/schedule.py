@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from consumer.deliver.answers import Answer, Heard, Verdict, throttled
+from consumer.deliver.answers import Heard, Verdict
 from consumer.deliver.entries import Entry
 from consumer.deliver.lanes import Key, Lanes
-from consumer.deliver.pacing import SECOND, Gate, Pacing, Shut, has_come
+from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import has_come
 
 
 class Phase(Enum):
@@ -43,12 +44,14 @@ class Live:
 
 
 class Schedule:
-    """The totals in flight, by what they wait for."""
+    """The totals of one delivery that are in flight, by what they wait for."""
 
-    def __init__(self, max_rate: float) -> None:
-        """The highest rate, in attempts per second."""
-        self.gate = Gate()
-        self.pacing = Pacing(max_rate)
+    def __init__(self, outlet: Outlet) -> None:
+        """The outlet is shared with other schedules; this one is part of it until it is dropped."""
+        self._outlet = outlet
+        outlet.join(self)
+        self._turned = outlet.gate.turned
+        """Of the gate, as far as it was noticed here."""
         self._waiting: dict[str, Live] = {}
         self._arming: list[Live] = []
         self._lanes: Lanes[Live] = Lanes()
@@ -69,7 +72,12 @@ class Schedule:
         """Whether more could be sent if more were armed."""
         if self._retired:
             return False
-        return not self._lanes.ready and bool(self._probe_wanted if self.gate.shut else self._waiting)
+        return not self._lanes.ready and bool(self._probe_wanted if self._outlet.gate.shut else self._waiting)
+
+    @property
+    def can_probe(self) -> bool:
+        """Whether there is a total to probe with, as far as is known."""
+        return not self._retired and bool(self._arming or self._lanes.ready or self._waiting or self._resting)
 
     def wait(self, live: Live) -> None:
         """It may be tried as soon as a commit has marked it."""
@@ -102,7 +110,8 @@ class Schedule:
 
     def arm(self, now: int) -> list[Live]:
         """Mark what the commit that is being made allows to be sent: all that waits, or one that is to probe."""
-        count = len(self._waiting) if not self.gate.shut else int(self._probe_wanted)
+        probe = self._probe_wanted and self._outlet.has_turn(self)
+        count = int(probe) if self._outlet.gate.shut else len(self._waiting)
         self._arming = [] if self._retired else list(self._waiting.values())[:count]
         for live in self._arming:
             del self._waiting[live.entry.total.identifier]
@@ -118,14 +127,23 @@ class Schedule:
                 self.ready(live)
         self._arming = []
 
+    def noticed(self) -> list[Live]:
+        """Those to be looked at anew because the gate was shut or opened, whoever heard the answer that did it."""
+        gate = self._outlet.gate
+        if gate.turned == self._turned:
+            return []
+        self._turned = gate.turned
+        self._probe_wanted = False
+        return self._unsent() if gate.shut else self._rouse()
+
     def woken(self, now: int) -> list[Live]:
         """Those whose time to be looked at has come."""
-        woken = []
+        woken = self.noticed()
         while self._resting and has_come(self._resting[0][0], now):
             live = heapq.heappop(self._resting)[2]
             if live.phase is Phase.RESTING:
                 woken.append(live)
-        if self.gate.shut and self._may_probe(now) and not (woken or self._waiting or self._lanes.ready):
+        if self._outlet.gate.shut and self._may_probe(now) and not (woken or self._waiting or self._lanes.ready):
             # Nobody is asked to rest for longer than the gate is shut: whoever comes next in time probes.
             woken = self._rouse(1)
         return woken
@@ -142,50 +160,50 @@ class Schedule:
         """The one to send now; its lane is busy until it has ``ended``."""
         if self._retired:
             return None
-        if self.gate.shut:
+        outlet = self._outlet
+        if outlet.gate.shut:
             if not self._may_probe(now):
                 return None
             self._probe_wanted = not self._lanes.ready and bool(self._waiting)
             if not self._lanes.ready and not self._waiting:
-                self.gate.probe_at = now + SECOND
-        elif not self._lanes.ready or self.pacing.wait(now):
+                outlet.cannot_probe(self, now)
+        elif not self._lanes.ready or outlet.pacing.wait(now):
             return None
         live = self._lanes.take()
         if live is not None:
             live.phase = Phase.SENT
             self._sent += 1
-            self.pacing.spend()
-            self._probe = live if self.gate.shut else None
+            outlet.sent += 1
+            outlet.pacing.spend()
+            self._probe = live if outlet.gate.shut else None
         return live
 
     def _may_probe(self, now: int) -> bool:
-        return not self._sent and not self._arming and has_come(self.gate.probe_at, now)
+        return not self._arming and self._outlet.may_probe(self, now)
 
     def ended(self, live: Live) -> None:
         """It was answered, or not sent after all."""
         self._sent -= 1
+        self._outlet.sent -= 1
         self._lanes.done(live.lane)
+        if live is self._probe:
+            self._outlet.probed(self)
 
     def heard(self, live: Live, heard: Heard, verdict: Verdict, now: int) -> list[Live]:
-        """Go faster, slower, or one at a time, after what came of an attempt; returns those to be looked at anew."""
-        was = self.gate.shut
-        self.gate.heard(verdict, live.seat, probe=live is self._probe, now=now)
-        if throttled(heard):
-            self.pacing.too_fast(now)
-        elif isinstance(heard, Answer) and heard.status < 500:
-            self.pacing.went_well(now)
-        if self.gate.shut and not was:
-            return self._unsent()
-        if was and not self.gate.shut:
-            if was is Shut.DOWN:
-                self.pacing.start_over(now)
-            return self._rouse()
-        return []
+        """Tell the outlet what came of an attempt; returns those to be looked at anew."""
+        self._outlet.heard(heard, verdict, live.seat, probe=live is self._probe, now=now)
+        return self.noticed()
 
     def retire(self) -> list[Live]:
         """Send nothing any more, and mark nothing; returns those to be looked at anew."""
         self._retired = True
         return self._unsent()
+
+    def drop(self) -> None:
+        """Leave the outlet to the others: nothing is sent any more, and no answer is waited for."""
+        self._retired = True
+        self._outlet.leave(self, self._sent)
+        self._sent = 0
 
     def _unsent(self) -> list[Live]:
         # Marked, and not sent soon: a restart would make tried ones of them, and a day's wait doubts.
@@ -194,10 +212,13 @@ class Schedule:
 
     def wake(self, now: int) -> int | None:
         """When time alone brings something to look at or to send; None where it does not."""
+        outlet = self._outlet
+        if outlet.gate.turned != self._turned:
+            return now
         times = [self._resting[0][0]] if self._resting else []
-        if self.gate.shut:
-            if not (self._sent or self._arming or self._probe_wanted):
-                times = [self.gate.probe_at] if times or self._waiting or self._lanes.ready else []
+        if outlet.gate.shut:
+            if not (outlet.sent or self._arming or self._probe_wanted) and outlet.has_turn(self):
+                times = [outlet.gate.probe_at]
         elif self._lanes.ready:
-            times.append(now + self.pacing.wait(now))
+            times.append(now + outlet.pacing.wait(now))
         return max(now, min(times)) if times else None

@@ -1,8 +1,9 @@
-"""The service: both stages, their store and their pages in one process, from start to orderly stop."""
+"""The service: the stages, their store and their pages in one process, from start to orderly stop."""
 
 import asyncio
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -11,22 +12,23 @@ from typing import Final
 import structlog
 from prometheus_client import CollectorRegistry
 
-from consumer.aggregate.aggregator import Aggregator, Rules
-from consumer.aggregate.meters import Source as Identity
 from consumer.config import Config, SqliteStorage
 from consumer.config import CustomerFile as CustomerFileConfig
 from consumer.credentials import STRIPE_SECRET_KEY, key_matches
+from consumer.deliver.customers import Customers
 from consumer.deliver.delivery import Delivery
-from consumer.runtime import start
+from consumer.deliver.pacing import Outlet
+from consumer.runtime import distributed, embedded, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.customers import CustomerFile, Passthrough
+from consumer.runtime.ground import Ground
 from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
 from consumer.runtime.metrics import Requests, State
 from consumer.runtime.reporter import Reporter
-from consumer.runtime.source import Ends, Source, Topic
+from consumer.runtime.source import Source, Topic
 from consumer.runtime.stripe import Stripe
-from consumer.storage import Changes, Facts, Log, Stage
+from consumer.storage import Stage
 from consumer.storage.sqlite import SqliteStore
 
 log = structlog.get_logger()
@@ -34,8 +36,8 @@ log = structlog.get_logger()
 STUCK_MS: Final = 120_000
 """A loop that has not gone round for so long will not go round again."""
 EXPIRE_EVERY_S: Final = 600.0
-READ_BEFORE_MS: Final = 5 * 60_000
-"""Reading starts this much before ``bill_from``: an event may arrive before its event time."""
+LOOK_EVERY_S: Final = 0.05
+BOTH: Final = frozenset(Stage)
 LIVE_RATE: Final = 1_000.0
 SANDBOX_RATE: Final = 25.0
 """Meter Events a second that Stripe takes of a live account and of a sandbox."""
@@ -64,23 +66,31 @@ def kafka_source(config: Config, group: str) -> Source:
     return Source(config.kafka_client(), config.kafka.topic, group)
 
 
-def rules_of(config: Config, bill_from: int) -> Rules:
-    """The rules of stage 1."""
-    windows = config.windows
-    return Rules(config.core_meters, bill_from, int(windows.settle), int(windows.deduplicate_for))
-
-
-def run(config: Config, around: Surroundings) -> None:
+def run(config: Config, around: Surroundings, stages: frozenset[Stage] = BOTH) -> None:
     """Run until SIGTERM or SIGINT, then commit and return. Raises the errors of whatever cannot go on."""
     if config.stripe.mode == "shadow":
         raise ServiceError("stripe.mode: shadow is not in this version yet; hold counts without sending")
-    key = stripe_key(config)
+    if isinstance(config.storage, SqliteStorage) and stages != BOTH:
+        raise ServiceError("with storage.kind: sqlite one process runs both stages: leave out --stage")
+    # Who only counts needs no key, and has none to lose.
+    key = stripe_key(config) if Stage.DELIVER in stages else None
     source = around.source(config, group_of(config))
     topic = source.describe()
     check_arrival(config, topic)
     # Last of all: what is refused before leaves no empty file behind.
-    with SqliteStore.open(storage_path(config), now=around.clock.now, create=True, lock=True) as store:
-        asyncio.run(_Service(config, key, around.clock, store, source, topic).run())
+    with _beginning(config, around.clock, source, topic, stages) as begin:
+        asyncio.run(_Service(config, key, around.clock, source, begin).run())
+
+
+@contextmanager
+def _beginning(
+    config: Config, clock: Clock, source: Source, topic: Topic, stages: frozenset[Stage]
+) -> Iterator[Callable[[], Ground]]:
+    if isinstance(config.storage, SqliteStorage):
+        with SqliteStore.open(config.storage.path, now=clock.now, create=True, lock=True) as store:
+            yield lambda: embedded.ground(config, clock, source, topic, store)
+    else:
+        yield lambda: distributed.ground(config, clock, source, topic, stages)
 
 
 def storage_path(config: Config) -> Path:
@@ -121,95 +131,91 @@ def stripe_key(config: Config) -> str:
     return key.get_secret_value()
 
 
-def begin(config: Config, store: SqliteStore, source: Source, topic: Topic, *, bill_from: int, now: int) -> Facts:
-    """The first start: record what the state belongs to and where reading begins, and let the group bear witness."""
-    facts = Facts(config.pipeline, topic.cluster_id, topic.name, topic.topic_id, bill_from, topic.partitions, now)
-    offsets = source.starts(range(topic.partitions), bill_from - READ_BEFORE_MS)
-    store.begin(facts, _unread(config, topic, bill_from, offsets))
-    source.commit(offsets, ends_of(store))
-    log.info("first_start", pipeline=config.pipeline, bill_from=start.shown(bill_from), offsets=offsets)
-    return facts
-
-
-def ends_of(store: SqliteStore) -> Ends:
-    """Where the state's logs end."""
-    return Ends(store.end(Log.TOTALS), store.end(Log.OUTCOMES))
-
-
-def _unread(config: Config, topic: Topic, bill_from: int, offsets: Mapping[int, int]) -> dict[int, Changes]:
-    rules = rules_of(config, bill_from)
-    return {p: Aggregator(rules, _identity(config, topic, p), offset).commit() for p, offset in offsets.items()}
-
-
-def _identity(config: Config, topic: Topic, partition: int) -> Identity:
-    return Identity(topic.cluster_id, topic.topic_id, config.pipeline, partition)
-
-
 class _Service:
-    def __init__(  # noqa: PLR0917 - each of them once
-        self, config: Config, key: str, clock: Clock, store: SqliteStore, source: Source, topic: Topic
+    def __init__(
+        self, config: Config, key: str | None, clock: Clock, source: Source, begin: Callable[[], Ground]
     ) -> None:
         self._config = config
         self._key = key
         self._clock = clock
-        self._store = store
         self._source = source
-        self._topic = topic
+        self._begin = begin
         self._stopping = Event()
+        self._intake: Intake | None = None
         self._intake_failure: BaseException | None = None
-        self._restoring = True
+        self._reporter: Reporter | None = None
+        self._stripe: Stripe | None = None
 
     async def run(self) -> None:
-        config = self._config
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self._intake_done = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
-        stripe = Stripe(self._key, api_base=config.stripe.api_base, livemode=config.stripe.livemode, clock=self._clock)
         registry = CollectorRegistry()
-        requests = Requests(registry, grace=int(config.stripe.finalization_grace), clock=self._clock)
-        self._intake = intake = Intake(
-            self._source,
-            self._store,
-            clock=self._clock,
-            commit_every=int(config.commit_every),
-            open_keys=config.limits.open_keys,
-            witness=lambda: stripe.date,
-            committed=self._tell_reporter,
-            ends=lambda: ends_of(self._store),
-        )
-        customers_file = (
-            CustomerFile(config.customers.path) if isinstance(config.customers, CustomerFileConfig) else None
-        )
-        rate = config.stripe.max_rate or (LIVE_RATE if config.stripe.livemode else SANDBOX_RATE)
-        self._reporter = reporter = Reporter(
-            self._store,
-            Delivery(
-                customers=customers_file.customers if customers_file else Passthrough(),
-                in_flight=config.limits.in_flight,
-                parked_limit=config.limits.parked,
-                max_rate=rate,
-            ),
-            stripe,
-            clock=self._clock,
-            customers=customers_file,
-            hold=config.stripe.mode == "hold",
-            observe=requests.observe,
-        )
+        requests = Requests(registry, grace=int(self._config.stripe.finalization_grace), clock=self._clock)
         http = Http(registry, stuck=self._stuck, not_ready=self._not_ready)
         try:
             port = await self._listen(http)
-            registry.register(State(intake, reporter, self._clock))
-            intake.assign(await asyncio.to_thread(self._restored))
-            await asyncio.to_thread(reporter.restore)
-            self._restoring = False
-            log.info("started", pipeline=config.pipeline, partitions=len(intake.partitions), http_port=port)
-            await self._both_stages()
+            ground = await asyncio.to_thread(self._begin)
+            try:
+                self._prepare(ground, requests)
+                registry.register(State(self._intake, self._reporter, self._clock))
+                await self._stages(ground, port)
+            finally:
+                await asyncio.to_thread(ground.close)
         finally:
             await http.stop()
-            await stripe.close()
+            if self._stripe is not None:
+                await self._stripe.close()
         log.info("stopped")
+
+    def _prepare(self, ground: Ground, requests: Requests) -> None:
+        config = self._config
+        if self._key is not None:
+            self._stripe = Stripe(
+                self._key, api_base=config.stripe.api_base, livemode=config.stripe.livemode, clock=self._clock
+            )
+            file = CustomerFile(config.customers.path) if isinstance(config.customers, CustomerFileConfig) else None
+            rate = config.stripe.max_rate or (LIVE_RATE if config.stripe.livemode else SANDBOX_RATE)
+            outlet = Outlet(rate)
+
+            def deliver(customers: Customers) -> Delivery:
+                return Delivery(
+                    customers=customers,
+                    in_flight=max(1, config.limits.in_flight // ground.spread),
+                    parked_limit=max(1, config.limits.parked // ground.spread),
+                    outlet=outlet,
+                )
+
+            self._reporter = Reporter(
+                ground.store,
+                ground.unread,
+                ground.ahead,
+                ground.memberships[Stage.DELIVER],
+                ground.delivery,
+                deliver,
+                self._stripe,
+                outlet,
+                clock=self._clock,
+                customers=file.customers if file else Passthrough(),
+                file=file,
+                hold=config.stripe.mode == "hold",
+                observe=requests.observe,
+            )
+        if Stage.AGGREGATE in ground.memberships:
+            stripe = self._stripe
+            self._intake = Intake(
+                self._source,
+                ground.store,
+                ground.memberships[Stage.AGGREGATE],
+                ground.aggregator,
+                clock=self._clock,
+                commit_every=int(config.commit_every),
+                open_keys=config.limits.open_keys,
+                witness=lambda: stripe.date if stripe else None,
+                committed=self._tell_reporter,
+                ends=ground.ends,
+            )
 
     async def _listen(self, http: Http) -> int:
         host, port = self._config.http.host, self._config.http.port
@@ -218,104 +224,90 @@ class _Service:
         except OSError as failed:
             raise ServiceError(f"http: {host}:{port} cannot be listened on: {failed}") from None
 
-    async def _both_stages(self) -> None:
-        thread = Thread(target=self._read, name="intake", daemon=True)
-        thread.start()
-        expiry = asyncio.create_task(self._expire())
-        delivering = asyncio.create_task(self._reporter.run(self._stop))
+    async def _stages(self, ground: Ground, port: int) -> None:
+        """Both stages until one of them ends; then the other one stops in good order."""
+        intake_done = asyncio.Event()
+        if self._intake is not None:
+            Thread(target=self._read, args=(self._intake, intake_done), name="intake", daemon=True).start()
+        reading = asyncio.create_task(intake_done.wait()) if self._intake else None
+        delivering = asyncio.create_task(self._reporter.run(self._stop)) if self._reporter else None
+        aside = [asyncio.create_task(self._say_started(port)), asyncio.create_task(self._expire(ground))]
+        running = [each for each in (reading, delivering) if each is not None]
         try:
-            await asyncio.wait(
-                {delivering, asyncio.ensure_future(self._intake_done.wait())}, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            # Whichever stage ended first, the other one stops in good order.
             self._stopping.set()
             self._stop.set()
-            expiry.cancel()
-            await self._intake_done.wait()
-            await delivering
+            for each in aside:
+                each.cancel()
+            for each in running:
+                await each
         if self._intake_failure is not None:
             raise self._intake_failure
 
-    def _tell_reporter(self) -> None:
-        self._loop.call_soon_threadsafe(self._reporter.wake)
+    async def _say_started(self, port: int) -> None:
+        while not self._settled:
+            await asyncio.sleep(LOOK_EVERY_S)
+        log.info(
+            "started",
+            pipeline=self._config.pipeline,
+            partitions=len(self._intake.partitions) if self._intake else 0,
+            totals_partitions=len(self._reporter.partitions) if self._reporter else 0,
+            http_port=port,
+        )
 
-    def _read(self) -> None:
+    @property
+    def _settled(self) -> bool:
+        stages = [each for each in (self._intake, self._reporter) if each is not None]
+        return bool(stages) and all(each.settled for each in stages)
+
+    def _tell_reporter(self) -> None:
+        if self._reporter is not None:
+            self._loop.call_soon_threadsafe(self._reporter.wake)
+
+    def _read(self, intake: Intake, done: asyncio.Event) -> None:
         try:
-            self._intake.run(lambda: self._stopping.is_set() or self._stop.is_set())
+            intake.run(lambda: self._stopping.is_set() or self._stop.is_set())
         except BaseException as failure:  # noqa: BLE001 - raised again in the main thread, which ends the process
             self._intake_failure = failure
-        self._loop.call_soon_threadsafe(self._intake_done.set)
+        self._loop.call_soon_threadsafe(done.set)
 
-    def _restored(self) -> dict[int, Aggregator]:
-        """The partitions as the last commit left them; at the first start, as they begin."""
-        config, topic, store = self._config, self._topic, self._store
-        place = str(storage_path(config))
-        everywhere = range(topic.partitions)
-        found = start.Found(
-            topic,
-            self._source.group,
-            self._source.beginnings(everywhere),
-            self._source.ends(everywhere),
-            self._source.committed(everywhere),
-        )
-        facts = store.facts()
-        if facts is None:
-            now = self._clock.now()
-            bill_from = start.first_start(config.pipeline, config.bill_from, found, now, place=place)
-            facts = begin(config, store, self._source, topic, bill_from=bill_from, now=now)
-        else:
-            offsets = store.offsets(Stage.AGGREGATE)
-            new = start.next_start(config.pipeline, config.bill_from, facts, offsets, found, place=place)
-            said = self._source.committed_ends(everywhere)
-            start.check_newest(ends_of(store), said, self._source.group, place=place)
-            if new:
-                offsets = {partition: found.beginnings[partition] for partition in new}
-                store.grow(topic.partitions, _unread(config, topic, facts.bill_from, offsets))
-                log.info("partitions_added", partitions=list(new))
-        rules = rules_of(config, facts.bill_from)
-        aggregators: dict[int, Aggregator] = {}
-        for partition in range(topic.partitions):
-            restored = store.restore(Stage.AGGREGATE, partition)
-            if restored is None:
-                raise ServiceError(f"{place} has no state of partition {partition}: it is damaged; restore a backup")
-            aggregators[partition] = Aggregator(
-                rules, _identity(config, topic, partition), restored.offset, restored.entries
-            )
-        return aggregators
-
-    async def _expire(self) -> None:
+    async def _expire(self, ground: Ground) -> None:
         """Delete what has been kept for long enough, a little at a time."""
+        if ground.expire is None or self._reporter is None:
+            return
         while True:
             before = self._clock.now() - int(self._config.limits.keep)
-            for each, below in ((Log.TOTALS, self._reporter.read_to), (Log.OUTCOMES, None), (Log.DEAD_LETTERS, None)):
-                while await asyncio.to_thread(self._store.expire, each, before, below or self._store.end(each)):
-                    pass
+            read_to = min((each.next for each in self._reporter.partitions.values()), default=0)
+            await asyncio.to_thread(ground.expire, before, read_to)
             await asyncio.sleep(EXPIRE_EVERY_S)
 
     def _stuck(self) -> list[str]:
-        if self._restoring:
-            return []
         elapsed = self._clock.elapsed()
-        turned = {"aggregate": self._intake.turned, "deliver": self._reporter.turned}
         return [
-            f"the loop of stage {stage} has not gone round for {(elapsed - at) // 1000} s"
-            for stage, at in turned.items()
-            if elapsed - at > STUCK_MS
+            f"the loop of stage {stage} has not gone round for {(elapsed - each.turned) // 1000} s"
+            for stage, each in ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter))
+            if each is not None and elapsed - each.turned > STUCK_MS
         ]
 
     def _not_ready(self) -> list[str]:
-        if self._restoring:
+        if not self._settled:
             return ["the state is being restored"]
-        reasons = [
-            f"partition {number} waits: its records are dated ahead of this host's clock"
-            for number, partition in self._intake.partitions.items()
-            if partition.held
-        ]
-        if self._intake.kafka_silent_since is not None:
-            reasons.append(f"Kafka has not answered since {start.shown(self._intake.kafka_silent_since)}")
-        if self._reporter.delivery.shut:
-            reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.delivery.shut}")
-        elif self._reporter.delivery.paused:
-            reasons.append(f"nothing is sent to Stripe: {self._reporter.delivery.paused}")
+        reasons = []
+        for stage, each in ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter)):
+            if each is not None and each.failing_since is not None:
+                reasons.append(f"stage {stage} has not been able to commit since {start.shown(each.failing_since)}")
+        if self._intake is not None:
+            reasons += [
+                f"partition {number} waits: its records are dated ahead of this host's clock"
+                for number, partition in list(self._intake.partitions.items())
+                if partition.held
+            ]
+            if self._intake.kafka_silent_since is not None:
+                reasons.append(f"Kafka has not answered since {start.shown(self._intake.kafka_silent_since)}")
+        if self._reporter is not None:
+            if self._reporter.outlet.shut:
+                reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.outlet.shut}")
+            elif self._reporter.paused:
+                reasons.append(f"nothing is sent to Stripe: {self._reporter.paused}")
         return reasons

@@ -18,6 +18,7 @@ from consumer.aggregate.meters import Source as Identity
 from consumer.config import Config, load
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.entries import decode_outcome
+from consumer.deliver.outlet import Outlet
 from consumer.runtime import service
 from consumer.runtime.customers import Passthrough
 from consumer.sandbox.traffic import METERS, Expected
@@ -159,7 +160,7 @@ def _deliveries(verdict: Verdict, log: list[Entry], left: Left) -> Iterator[Deli
     for partition in range(left.spread):
         restored = left.restored(Stage.DELIVER, partition)
         unread += sum(each.partition == partition and each.offset >= restored.offset for each in log)
-        delivery = Delivery(customers=Passthrough(), in_flight=2_000, parked_limit=1, max_rate=1.0)
+        delivery = Delivery(customers=Passthrough(), in_flight=2_000, parked_limit=1, outlet=Outlet(1.0))
         delivery.restore(restored.offset, restored.entries, time.time_ns() // 10**6)
         yield delivery
     verdict.equal("records of the totals log that stage 2 has not read", unread, 0)

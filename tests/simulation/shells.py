@@ -18,6 +18,7 @@ from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import State as EntryState
 from consumer.deliver.entries import unpack
 from consumer.deliver.ledger import PREFIX
+from consumer.deliver.outlet import Outlet
 from consumer.storage import Changes, Restored, Stage
 from consumer.totals import Total
 from tests.simulation.store import Member, NotDoneError, UnstableError
@@ -229,18 +230,28 @@ class Reporter(Shell):
 
     stage = Stage.DELIVER
 
-    def drop(self) -> None:
-        """Forget, requests included: nobody listens for their answers."""
+    def __init__(self, worker: Worker) -> None:
+        self.outlet = Outlet(1_000)
         self.deliveries: dict[int, Delivery] = {}
-        self.positions: dict[int, int] = {}
         self.sending: list[tuple[Delivery, Attempt]] = []
         self.answers: list[tuple[Delivery, Attempt, Heard]] = []
+        super().__init__(worker)
+
+    def drop(self) -> None:
+        """Forget; what was given out goes its way, and what is not written yet must not be."""
+        for delivery in self.deliveries.values():
+            delivery.drop()
+        self.world.claim(not self.outlet.sent, "%d requests of nobody are waited for", self.outlet.sent)
+        self.deliveries = {}
+        self.positions: dict[int, int] = {}
+        self.given_out: set[str] = set()
+        """Identifiers of the attempts of ours that are not over."""
         self.lanes: set[tuple[str, str]] = set()
 
     def begin(self, partition: int, restored: Restored | None) -> None:
         """Restore the core."""
         delivery = Delivery(
-            customers=self.world.names, in_flight=self.world.in_flight, parked_limit=1_000, max_rate=1_000
+            customers=self.world.names, in_flight=self.world.in_flight, parked_limit=1_000, outlet=self.outlet
         )
         offset, entries = restored or (0, iter(()))
         found = list(entries)
@@ -297,6 +308,9 @@ class Reporter(Shell):
     def give_out(self, delivery: Delivery) -> None:
         """Attempts that may be made now; each is a task of its own from here on."""
         while (attempt := delivery.next(self.worker.now())) is not None:
+            alone = not (delivery.shut and self.given_out)
+            self.world.claim(alone, "%s is to probe while others are on their way", attempt.identifier)
+            self.given_out.add(attempt.identifier)
             self.sending.append((delivery, attempt))
             if not self.world.calm:
                 break
@@ -307,7 +321,10 @@ class Reporter(Shell):
         self.world.progress += 1
         if not delivery.may_send(attempt, self.worker.now()):
             self.world.note("%s does not send %s after all", self.worker.id, attempt.identifier)
+            if self.has(delivery):
+                self.given_out.discard(attempt.identifier)
             return
+        self.world.claim(self.has(delivery), "%s is sent for a partition that was given back", attempt.identifier)
         lane = attempt.stripe_customer, attempt.event_name
         self.world.claim(lane not in self.lanes, "two requests at a time for %s", lane)
         self.lanes.add(lane)
@@ -316,12 +333,16 @@ class Reporter(Shell):
     def hear(self, place: int) -> None:
         """One answer."""
         delivery, attempt, heard = self.answers.pop(place)
-        if not any(delivery is each for each in self.deliveries.values()):
-            return
         self.world.progress += 1
         self.world.note("%s hears of %s: %s", self.worker.id, attempt.key, heard)
-        self.lanes.discard((attempt.stripe_customer, attempt.event_name))
+        if self.has(delivery):
+            self.given_out.discard(attempt.identifier)
+            self.lanes.discard((attempt.stripe_customer, attempt.event_name))
         delivery.answered(attempt, heard, self.worker.now())
+
+    def has(self, delivery: Delivery) -> bool:
+        """Whether it is one of ours still."""
+        return any(delivery is each for each in self.deliveries.values())
 
     @property
     def idle(self) -> bool:

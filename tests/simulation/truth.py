@@ -14,6 +14,7 @@ from consumer.aggregate.aggregator import Aggregator
 from consumer.aggregate.meters import Source
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.entries import Reason
+from consumer.deliver.outlet import Outlet
 from consumer.storage import Log, Stage
 from consumer.totals import Advance, Total, decode
 from tests.simulation.source import AMOUNTS
@@ -212,7 +213,7 @@ def _second_stage_adds_up(world: World, totals: list[Total], parked: dict[str, R
         state = world.store.states.get((Stage.DELIVER, number))
         if state is None:
             continue
-        core = Delivery(customers=world.names, in_flight=10, parked_limit=1000, max_rate=10)
+        core = Delivery(customers=world.names, in_flight=10, parked_limit=1000, outlet=Outlet(10))
         core.restore(state.offset, state.entries.items(), world.time)
         for name, book in core.ledger.books.items():
             world.claim(not book.missing and not book.astray, "the books of %s: missing %d", name, book.missing)

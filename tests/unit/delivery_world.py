@@ -8,6 +8,7 @@ from consumer.deliver.customers import LookupFailedError, UnmappedError
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import Entry, Outcome, decode_outcome, unpack
 from consumer.deliver.ledger import PREFIX
+from consumer.deliver.outlet import Outlet
 from consumer.storage import Log
 from consumer.totals import Advance, Command, Destination, Record, Total
 
@@ -81,22 +82,30 @@ class World:
         in_flight: int = 100,
         parked_limit: int = 1000,
         max_rate: float = 1000,
+        outlet: Outlet | None = None,
     ) -> None:
+        """With an outlet, it is another delivery of the process that has the outlet already."""
         self.now = 1_780_000_000_000
         self.names = Names(names if names is not None else {"alice": "cus_alice", "bob": "cus_bob"})
-        self.bounds = (in_flight, parked_limit, max_rate)
+        self.bounds = (in_flight, parked_limit)
+        self.outlet = outlet or Outlet(max_rate)
         self.log: list[Record] = []
         self.offset = 0
         self.durable: dict[bytes, bytes] = {}
         self.outcomes: list[Outcome] = []
         self.stripe = Stripe()
-        self.restart()
+        self.begin()
 
     def restart(self) -> None:
-        """Drop everything since the last commit and restore."""
-        in_flight, parked_limit, max_rate = self.bounds
+        """The process dies, and another one restores what was durable."""
+        self.outlet = Outlet(self.outlet.pacing.max_rate)
+        self.begin()
+
+    def begin(self) -> None:
+        """Restore what is durable, through the outlet that is there."""
+        in_flight, parked_limit = self.bounds
         self.delivery = Delivery(
-            customers=self.names, in_flight=in_flight, parked_limit=parked_limit, max_rate=max_rate
+            customers=self.names, in_flight=in_flight, parked_limit=parked_limit, outlet=self.outlet
         )
         self.delivery.restore(self.offset, list(self.durable.items()), self.now)
         self.position = self.offset

@@ -25,6 +25,7 @@ from consumer.deadletters import DeadLetter
 from consumer.deliver.answers import Heard, Lost
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import SAME_IDENTIFIER_FOR
+from consumer.deliver.outlet import Outlet
 from consumer.runtime import audit, logs, redrive, reset
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source, SourceError, Topic
@@ -89,7 +90,7 @@ class Place:
         """Stage 2 until it has nothing left to do at this time."""
         with self.store() as store:
             restored = store.restore(Stage.DELIVER, 0)
-            delivery = Delivery(customers=Names(known), in_flight=1000, parked_limit=1000, max_rate=1000)
+            delivery = Delivery(customers=Names(known), in_flight=1000, parked_limit=1000, outlet=Outlet(1000))
             offset = restored.offset if restored else 1
             delivery.restore(offset, restored.entries if restored else (), now)
             for each in store.read(Log.TOTALS, offset - 1, 100_000):

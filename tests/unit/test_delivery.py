@@ -650,7 +650,7 @@ def test_a_larger_share_is_filled_after_a_restart() -> None:
         world.total("alice")
     world.obey()
     world.commit()
-    world.bounds = (100, 1000, 1000)
+    world.bounds = (100, 1000)
     world.restart()
     assert (world.delivery.in_flight, world.delivery.aside) == (5, 5)
     assert world.balanced()

@@ -7,15 +7,17 @@ import pytest
 from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected
 from consumer.deliver.delivery import Attempt
 from consumer.deliver.lanes import Lanes
+from consumer.deliver.outlet import Outlet
 from consumer.deliver.pacing import Pacing, delay
 from tests.unit.delivery_world import BROKEN, HOUR, MINUTE, OK, REFUSED, SECOND, UNAUTHORISED, World
 
 LIMITED = Answer(429, "invalid_request_error", "rate_limit", limited="global-rate")
 
 
-def crowd(count: int, **bounds: int) -> World:
+def crowd(count: int, *, in_flight: int = 100, outlet: Outlet | None = None) -> World:
     """So many customers with a total each."""
-    world = World(names={f"c{number}": f"cus_{number}" for number in range(count)}, **bounds)
+    names: dict[str, str | None] = {f"c{number}": f"cus_{number}" for number in range(count)}
+    world = World(names=names, in_flight=in_flight, outlet=outlet)
     for number in range(count):
         world.total(f"c{number}")
     return world

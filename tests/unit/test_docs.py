@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from consumer import cli, config
 from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected, Verdict, judge
 from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.outlet import Outlet
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.customers import Passthrough
 from consumer.runtime.intake import Intake
@@ -174,7 +175,7 @@ def families(tmp_path: Path) -> list[_Family]:
                 witness=lambda: None,
                 committed=lambda: None,
             )
-            delivery = Delivery(customers=Passthrough(), in_flight=1, parked_limit=1, max_rate=1)
+            delivery = Delivery(customers=Passthrough(), in_flight=1, parked_limit=1, outlet=Outlet(1))
             reporter = Reporter(
                 store, delivery, stripe, clock=clock, customers=None, hold=True, observe=requests.observe
             )
