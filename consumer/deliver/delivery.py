@@ -16,8 +16,7 @@ from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Entry, How, Reason, St
 from consumer.deliver.held import Parked, Seats
 from consumer.deliver.journal import Journal
 from consumer.deliver.ledger import PREFIX, Ledger
-from consumer.deliver.outlet import Outlet
-from consumer.deliver.pacing import MINUTE, SECOND, Shut, delay
+from consumer.deliver.pacing import MINUTE, SECOND, Outlet, Shut, delay
 from consumer.deliver.schedule import Live, Phase, Schedule
 from consumer.storage import Changes
 from consumer.totals import Advance, Command, Record, Total, for_stripe, plain, scaled

@@ -8,8 +8,7 @@ from enum import Enum, auto
 from consumer.deliver.answers import Heard, Verdict
 from consumer.deliver.entries import Entry
 from consumer.deliver.lanes import Key, Lanes
-from consumer.deliver.outlet import Outlet
-from consumer.deliver.pacing import has_come
+from consumer.deliver.pacing import Outlet, has_come
 
 
 class Phase(Enum):

@@ -18,7 +18,7 @@ from consumer.aggregate.meters import Source as Identity
 from consumer.config import Config, load
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.entries import decode_outcome
-from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import Outlet
 from consumer.runtime import service
 from consumer.runtime.customers import Passthrough
 from consumer.sandbox.traffic import METERS, Expected

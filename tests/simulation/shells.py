@@ -18,7 +18,7 @@ from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import State as EntryState
 from consumer.deliver.entries import unpack
 from consumer.deliver.ledger import PREFIX
-from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import Outlet
 from consumer.storage import Changes, Restored, Stage
 from consumer.totals import Total
 from tests.simulation.store import Member, NotDoneError, UnstableError

@@ -14,7 +14,7 @@ from consumer.aggregate.aggregator import Aggregator
 from consumer.aggregate.meters import Source
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.entries import Reason
-from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import Outlet
 from consumer.storage import Log, Stage
 from consumer.totals import Advance, Total, decode
 from tests.simulation.source import AMOUNTS

@@ -8,7 +8,7 @@ from consumer.deliver.customers import LookupFailedError, UnmappedError
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import Entry, Outcome, decode_outcome, unpack
 from consumer.deliver.ledger import PREFIX
-from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import Outlet
 from consumer.storage import Log
 from consumer.totals import Advance, Command, Destination, Record, Total
 

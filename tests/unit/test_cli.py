@@ -25,7 +25,7 @@ from consumer.deadletters import DeadLetter
 from consumer.deliver.answers import Heard, Lost
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import SAME_IDENTIFIER_FOR
-from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import Outlet
 from consumer.runtime import audit, logs, redrive, reset
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source, SourceError, Topic

@@ -9,7 +9,7 @@ import pytest
 from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected
 from consumer.deliver.delivery import Attempt
 from consumer.deliver.entries import State
-from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import Outlet
 from tests.unit.delivery_world import (
     HOUR,
     MINUTE,

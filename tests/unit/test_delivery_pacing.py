@@ -7,8 +7,7 @@ import pytest
 from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected
 from consumer.deliver.delivery import Attempt
 from consumer.deliver.lanes import Lanes
-from consumer.deliver.outlet import Outlet
-from consumer.deliver.pacing import Pacing, delay
+from consumer.deliver.pacing import Outlet, Pacing, delay
 from tests.unit.delivery_world import BROKEN, HOUR, MINUTE, OK, REFUSED, SECOND, UNAUTHORISED, World
 
 LIMITED = Answer(429, "invalid_request_error", "rate_limit", limited="global-rate")

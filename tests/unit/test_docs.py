@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from consumer import cli, config
 from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected, Verdict, judge
 from consumer.deliver.delivery import Attempt, Delivery
-from consumer.deliver.outlet import Outlet
+from consumer.deliver.pacing import Outlet
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.customers import Passthrough
 from consumer.runtime.intake import Intake
