@@ -1,6 +1,6 @@
 """`tallyman dead-letters`: events that could not be counted, and to produce them again."""
 
-from collections import deque
+import heapq
 from typing import Annotated
 
 import typer
@@ -21,7 +21,6 @@ from consumer.cli.options import (
     source_of,
 )
 from consumer.runtime import redrive as redriving
-from consumer.storage import Log
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Events that could not be counted, kept with the reason."
@@ -54,7 +53,7 @@ def letters_list(
                 show.json_line(show.letter(each))
             return
         with show.status("reading") as counted:
-            chosen = list(deque(counted(found), maxlen=limit))[::-1]
+            chosen = heapq.nlargest(limit, counted(found), key=lambda each: (each.record.appended_at, each.number))
     if as_json:
         for each in chosen:
             show.json_line(show.letter(each))
@@ -74,10 +73,10 @@ def letters_show(
     Example: `tallyman dead-letters show 17`
     """
     with opened_store(read_config(config)) as store:
-        record = store.read(Log.DEAD_LETTERS, number - 1, 1)
-    if not record or record[0].offset != number:
-        raise Refused(f"there is no dead letter {number}: `tallyman dead-letters list` shows their numbers")
-    whole = redriving.opened(record[0])
+        record = store.letter(number)
+        if record is None:
+            raise Refused(f"there is no dead letter {number}: `tallyman dead-letters list` shows their numbers")
+        whole = redriving.opened(store, record)
     if as_json:
         show.json_line(show.letter(whole) | show.event(whole))
     else:

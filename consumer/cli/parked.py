@@ -22,14 +22,10 @@ from consumer.cli.options import (
     opened_store,
     read_config,
 )
-from consumer.config import Config
 from consumer.deliver.entries import Entry, Reason
-from consumer.runtime import audit, service
-from consumer.runtime.check import held_by
+from consumer.runtime import audit
 from consumer.runtime.start import shown
-from consumer.storage import Log
-from consumer.storage.sqlite import SqliteStore
-from consumer.totals import Command
+from consumer.storage import Archive, Log
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Totals that wait for a person or for a mapping."
@@ -108,10 +104,9 @@ def release(
 
     Example: `tallyman parked release --reason meter --meter ai-tokens`
     """
-    given = read_config(config)
-    with opened_store(given) as store:
+    with opened_store(read_config(config)) as store:
         chosen = _chosen(store, "release", identifiers or [], reason, meter, yes=yes)
-        _decide(given, store, "release", chosen, by=by, reason=why, wait=wait)
+        _decide(store, "release", chosen, by=by, reason=why, wait=wait)
 
 
 @app.command()
@@ -135,11 +130,11 @@ def discard(
         raise Refused('discarding usage needs a reason: add --why "…"')
     with opened_store(given) as store:
         chosen = _chosen(store, "discard", identifiers or [], reason, meter, yes=yes)
-        _decide(given, store, "discard", chosen, by=by, reason=why, wait=wait)
+        _decide(store, "discard", chosen, by=by, reason=why, wait=wait)
 
 
 def _chosen(
-    store: SqliteStore,
+    store: Archive,
     action: Literal["release", "discard"],
     identifiers: list[str],
     reason: Reason | None,
@@ -179,8 +174,7 @@ def _chosen(
 
 
 def _decide(
-    config: Config,
-    store: SqliteStore,
+    store: Archive,
     action: Literal["release", "discard"],
     chosen: list[Entry],
     *,
@@ -188,17 +182,13 @@ def _decide(
     reason: str,
     wait: float,
 ) -> None:
-    identifiers = [entry.total.identifier for entry in chosen]
-    who = by or _user()
-    outcomes_from = store.end(Log.OUTCOMES)
-    below = audit.decide(store, [Command(action, each, who, reason.strip(), CLOCK.now()) for each in identifiers])
-    running = held_by(service.storage_path(config)) is not None
+    outcomes_from = store.ends(Log.OUTCOMES)
+    decided = audit.decide(store, action, chosen, by=by or _user(), reason=reason.strip(), at=CLOCK.now())
+    running = store.holder() is not None
     with show.status("waiting for the service"):
-        became = audit.follow(
-            store, identifiers, below=below, outcomes_from=outcomes_from, patience_s=wait if running else 0
-        )
-    show.decided({identifier: became.get(identifier) for identifier in identifiers})
-    if len(became) < len(identifiers):
+        became = audit.follow(store, decided, outcomes_from=outcomes_from, patience_s=wait if running else 0)
+    show.decided({identifier: became.get(identifier) for identifier in decided})
+    if len(became) < len(decided):
         later = "the service has not come to it yet" if running else "no service is running"
         typer.echo(f"{later}: the decision is in the log, and is applied as soon as a service reads it")
 

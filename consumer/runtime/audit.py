@@ -3,26 +3,30 @@
 A total that was closed is in exactly one of three places: in the outcomes log if it is finished, among the entries of
 stage 2 if it is not, or in the part of the totals log that stage 2 has not read yet. They are read one after the
 other, never joined, so that memory does not grow with the number of totals.
+
+Meanwhile totals move from one place to the next. So it is asked in this order: how far the outcomes log is settled, the
+state of stage 2, the end of the outcomes log, the end of the totals log. What is settled was written by commits that
+the state contains: such a total is nowhere else. What lies between there and the end may be in the state or not, and is
+remembered until the other places have been read: the outcome counts. What comes later is left out, for the state still
+has these totals. None is missed, for a total leaves a place in the same commit that brings it to the next one, and each
+place is read up to an end that was asked for after those before it.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from itertools import chain
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from consumer import totals
 from consumer.deliver.entries import BILLED, Entry, Outcome, Reason, State, decode_outcome, unpack
 from consumer.deliver.ledger import PREFIX
-from consumer.storage import Append, Log, Restored, Stage
-from consumer.storage.sqlite import Logged, SqliteStore
+from consumer.storage import Append, Archive, Log, Restored, Stage
 from consumer.totals import Command, Total
 
-PARTITION: Final = 0
-"""One process has one log of totals."""
-READ_AT_ONCE: Final = 1_000
 LOOK_AGAIN_S: Final = 0.2
 
 
@@ -101,47 +105,42 @@ class Wanted:
         )
 
 
-def read(store: SqliteStore, log: Log, after: int = 0, below: int | None = None) -> Iterator[Logged]:
-    """A log's records above one offset and below another, a few at a time."""
-    while records := store.read(log, after, READ_AT_ONCE):
-        for each in records:
-            if below is not None and each.offset >= below:
-                return
-            yield each
-        after = records[-1].offset
-
-
-def lines(store: SqliteStore, wanted: Wanted) -> Iterator[Line]:
-    """The totals that are wanted, each once: what is finished in the order in which it was, then the others."""
-    end, unread, entries = _moment(store)
+def lines(store: Archive, wanted: Wanted) -> Iterator[Line]:
+    """The totals that are wanted, each once: what is finished, partition by partition in its order, then the others."""
+    settled = store.settled(Log.OUTCOMES)
+    unread, entries = _state(store)
+    ends, below = store.ends(Log.OUTCOMES), store.ends(Log.TOTALS)
+    late = {each.identifier: each for each in _outcomes(store, settled, ends)}
     if not wanted.states or wanted.states - UNFINISHED:
-        for each in read(store, Log.OUTCOMES, below=end):
-            line = _finished(decode_outcome(each.value))
-            if line in wanted:
+        for outcome in chain(_outcomes(store, {}, settled), late.values()):
+            if (line := _finished(outcome)) in wanted:
                 yield line
     if wanted.states and not wanted.states & UNFINISHED:
         return
-    for packed in entries:
-        entry = unpack(packed)
-        line = _line(entry.total, entry)
-        if line in wanted:
+    for entry in map(unpack, entries):
+        if entry.total.identifier not in late and (line := _line(entry.total, entry)) in wanted:
             yield line
-    for each in read(store, Log.TOTALS, unread - 1, store.end(Log.TOTALS)):
+    for each in store.logged(Log.TOTALS, unread, below):
         record = totals.decode(each.value)
-        if isinstance(record, Total) and (line := _line(record)) in wanted:
+        if isinstance(record, Total) and record.identifier not in late and (line := _line(record)) in wanted:
             yield line
 
 
-def _moment(store: SqliteStore) -> tuple[int, int, list[bytes]]:
-    """Of one and the same moment, so that no total is in between: the end of the outcomes log, the first offset of the
-    totals log that is unread, and the entries. These are taken at once: the store must not be kept waiting by a pager.
-    """
-    while True:
-        end = store.end(Log.OUTCOMES)
-        restored = store.restore(Stage.DELIVER, PARTITION)
-        if store.end(Log.OUTCOMES) == end:
-            entries = [value for key, value in restored.entries if not key.startswith(PREFIX)] if restored else []
-            return end, restored.offset if restored else 1, entries
+def _state(store: Archive) -> tuple[dict[int, int], list[bytes]]:
+    """From where on each partition of the totals log is unread, and the entries. These are taken at once: the store
+    must not be kept waiting by a pager."""
+    unread: dict[int, int] = {}
+    entries: list[bytes] = []
+    for partition in store.ends(Log.TOTALS):
+        restored = store.restore(Stage.DELIVER, partition)
+        if restored is not None:
+            unread[partition] = restored.offset
+            entries += (value for key, value in restored.entries if not key.startswith(PREFIX))
+    return unread, entries
+
+
+def _outcomes(store: Archive, starts: Mapping[int, int], ends: Mapping[int, int]) -> Iterator[Outcome]:
+    return (decode_outcome(each.value) for each in store.logged(Log.OUTCOMES, starts, ends))
 
 
 def _unfinished(restored: Restored | None) -> Iterator[Entry]:
@@ -194,20 +193,21 @@ def _line(total: Total, entry: Entry | None = None) -> Line:
 
 
 def parked(
-    store: SqliteStore, *, reason: Reason | None = None, meter: str | None = None, customer: str | None = None
+    store: Archive, *, reason: Reason | None = None, meter: str | None = None, customer: str | None = None
 ) -> Iterator[Entry]:
-    """The parked totals, in the order of their identifiers."""
-    for entry in _unfinished(store.restore(Stage.DELIVER, PARTITION)):
-        if (
-            entry.state is State.PARKED
-            and (reason is None or entry.reason is reason)
-            and (meter is None or entry.total.meter == meter)
-            and (customer is None or customer in {entry.total.customer, entry.customer})
-        ):
-            yield entry
+    """The parked totals, one partition of the totals log after the other."""
+    for partition in store.ends(Log.TOTALS):
+        for entry in _unfinished(store.restore(Stage.DELIVER, partition)):
+            if (
+                entry.state is State.PARKED
+                and (reason is None or entry.reason is reason)
+                and (meter is None or entry.total.meter == meter)
+                and (customer is None or customer in {entry.total.customer, entry.customer})
+            ):
+                yield entry
 
 
-def named(store: SqliteStore, identifiers: Sequence[str]) -> list[Entry]:
+def named(store: Archive, identifiers: Sequence[str]) -> list[Entry]:
     """These parked totals; raises ``DecisionRefused`` where one of them is not parked."""
     asked = set(identifiers)
     found = [entry for entry in parked(store) if entry.total.identifier in asked]
@@ -225,39 +225,63 @@ def is_doubtful(entry: Entry) -> bool:
     return entry.first_unproven is not None
 
 
-def decide(store: SqliteStore, commands: Sequence[Command]) -> int:
-    """Append decisions to the totals log, for the service to apply; returns the offset that they all lie below."""
-    store.append(Append(Log.TOTALS, each.identifier.encode(), totals.encode(each)) for each in commands)
-    return store.end(Log.TOTALS)
+class Place(NamedTuple):
+    """Where a decision lies in the totals log."""
+
+    partition: int
+    offset: int
+
+
+def decide(
+    store: Archive, action: Literal["release", "discard"], chosen: Sequence[Entry], *, by: str, reason: str, at: int
+) -> dict[str, Place]:
+    """Append decisions to the totals log, for the service to apply; returns where they are, by identifier.
+
+    Each has the key that its total has: it lies behind it in the same partition, and who owns the one reads the other.
+    """
+    decisions = {Command(action, each.total.identifier, by, reason, at): each.total.customer for each in chosen}
+    before = store.ends(Log.TOTALS)
+    store.append(Append(Log.TOTALS, customer.encode(), totals.encode(each)) for each, customer in decisions.items())
+    places: dict[str, Place] = {}
+    for each in store.logged(Log.TOTALS, before):
+        record = totals.decode(each.value) if totals.is_command(each.value) else None
+        if isinstance(record, Command) and record in decisions:
+            places[record.identifier] = Place(each.partition, each.offset)
+    return {command.identifier: places[command.identifier] for command in decisions}
 
 
 def follow(
-    store: SqliteStore, identifiers: Sequence[str], *, below: int, outcomes_from: int, patience_s: float
+    store: Archive, decided: Mapping[str, Place], *, outcomes_from: Mapping[int, int], patience_s: float
 ) -> dict[str, Line]:
     """What became of decisions: waits until all these totals are finished, or parked anew, or patience has run out.
 
     A total that is missing from the answer is where it was: nobody has applied the decision yet.
     """
     deadline = time.monotonic() + patience_s
-    asked, found = set(identifiers), dict[str, Line]()
+    finished, read = dict[str, Line](), dict(outcomes_from)
     while True:
-        for each in read(store, Log.OUTCOMES, outcomes_from - 1):
-            outcomes_from = each.offset + 1
-            if (identifier := each.key.decode()) in asked:
-                found[identifier] = _finished(decode_outcome(each.value))
-        left = asked - {identifier for identifier, line in found.items() if line.state not in UNFINISHED}
-        settled = not left
-        if left:
-            restored = store.restore(Stage.DELIVER, PARTITION)
-            read_all = restored is not None and restored.offset >= below
-            standing = {
-                entry.total.identifier: _line(entry.total, entry)
-                for entry in _unfinished(restored)
-                if entry.total.identifier in left
-            }
-            applied = {name: line for name, line in standing.items() if read_all or line.state is not Standing.PARKED}
-            found |= applied
-            settled = len(applied) == len(left) and all(line.state is Standing.PARKED for line in applied.values())
+        for each in store.logged(Log.OUTCOMES, read):
+            read[each.partition] = each.offset + 1
+            if (identifier := each.key.decode()) in decided:
+                finished[identifier] = _finished(decode_outcome(each.value))
+        left = {name: place for name, place in decided.items() if name not in finished}
+        applied = _applied(store, left) if left else {}
+        settled = len(applied) == len(left) and all(line.state is Standing.PARKED for line in applied.values())
         if settled or time.monotonic() >= deadline:
-            return found
+            return applied | finished
         time.sleep(LOOK_AGAIN_S)
+
+
+def _applied(store: Archive, decided: Mapping[str, Place]) -> dict[str, Line]:
+    """How those stand whose decision has been applied, of totals that are not finished."""
+    applied: dict[str, Line] = {}
+    for partition in {place.partition for place in decided.values()}:
+        restored = store.restore(Stage.DELIVER, partition)
+        for entry in _unfinished(restored):
+            place = decided.get(entry.total.identifier)
+            if place is None or restored is None:
+                continue
+            # A decision may be applied before what lies before it is read; then the total is not parked any more.
+            if restored.offset > place.offset or entry.state is not State.PARKED:
+                applied[entry.total.identifier] = _line(entry.total, entry)
+    return applied

@@ -1,6 +1,5 @@
 """Everything that can be wrong before a start, without changing anything; also beside a service that is running."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -10,12 +9,12 @@ from typing import Literal
 import msgspec
 
 from consumer.config import Config, CustomerFile
-from consumer.runtime import customers, service, start
+from consumer.runtime import customers, embedded, processors, service, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.source import Source, SourceError, Topic
 from consumer.storage import Stage, StorageError
 from consumer.storage.sqlite import SqliteStore
-from consumer.storage.sqlite_file import beside
+from consumer.storage.sqlite_file import held_by
 
 Level = Literal["ok", "warning", "error"]
 
@@ -55,24 +54,6 @@ def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
     yield _judged("customers", lambda: _customers(config), customers.CustomerFileError)
     if holder is None:
         yield _http(config.http.host, config.http.port)
-
-
-def held_by(path: Path) -> str | None:
-    """The service that has this file, as its lock says; None where there is none."""
-    try:
-        descriptor = os.open(beside(path.resolve(), ".lock"), os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    except OSError as failed:
-        raise StorageError(f"{beside(path, '.lock')} cannot be read: {failed.strerror}") from None
-    try:
-        # Shared: commands that ask at the same time do not take each other for a service.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(descriptor, 400, 0).decode(errors="replace") or "another process"
-    finally:
-        os.close(descriptor)
-    return None
 
 
 def _judged(what: str, look: Callable[[], str], *refusals: type[Exception]) -> Finding:
@@ -118,12 +99,12 @@ def _start(config: Config, path: Path, source: Source, topic: Topic, clock: Cloc
         with SqliteStore.open(path, now=clock.now, create=False, lock=False) as store:
             facts, offsets = store.facts(), store.offsets(Stage.AGGREGATE)
             if facts is not None:
-                start.check_newest(service.ends_of(store), said, source.group, place=str(path))
+                start.check_newest(embedded.ends_of(store), said, source.group, place=str(path))
     ends = source.ends(everywhere)
     found = start.Found(topic, source.group, beginnings, ends, committed)
     if facts is None:
         bill_from = start.first_start(config.pipeline, config.bill_from, found, clock.now(), place=str(path))
-        first = source.starts(everywhere, bill_from - service.READ_BEFORE_MS)
+        first = source.starts(everywhere, bill_from - processors.READ_BEFORE_MS)
         unread = sum(ends[partition] - offset for partition, offset in first.items())
         return f"a first start: events from {start.shown(bill_from)} on are billed, about {unread} records are there"
     added = start.next_start(config.pipeline, config.bill_from, facts, offsets, found, place=str(path))

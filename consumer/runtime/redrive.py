@@ -19,10 +19,8 @@ from consumer import deadletters
 from consumer.config import Config
 from consumer.deadletters import DeadLetter
 from consumer.events import Decoder, Malformed
-from consumer.runtime import audit
 from consumer.runtime.source import Source, SourceError
-from consumer.storage import Log
-from consumer.storage.sqlite import Logged, SqliteStore
+from consumer.storage import Archive, Log, Logged
 
 BATCH: Final = 100
 """Letters produced between two marks; all of them are in memory, with events of up to a megabyte."""
@@ -51,7 +49,12 @@ class Letter:
 
     number: int
     letter: DeadLetter
-    redriven_at: int | None
+    record: Logged
+
+    @property
+    def redriven_at(self) -> int | None:
+        """When it was produced again, in milliseconds since the epoch."""
+        return self.record.redriven_at
 
     @property
     def kept(self) -> bool:
@@ -89,18 +92,18 @@ class Wanted:
         )
 
 
-def letters(store: SqliteStore, wanted: Wanted) -> Iterator[Letter]:
-    """The letters that are wanted, the oldest first.
+def letters(store: Archive, wanted: Wanted) -> Iterator[Letter]:
+    """The letters that are wanted, those of one partition of their log in its order.
 
     Only those that are there now: what is redriven and dies again is a new letter, and would never come to an end.
     """
-    there = audit.read(store, Log.DEAD_LETTERS, below=store.end(Log.DEAD_LETTERS))
-    return (letter for each in there if (letter := opened(each)) in wanted)
+    there = store.logged(Log.DEAD_LETTERS, ends=store.ends(Log.DEAD_LETTERS))
+    return (letter for each in there if (letter := opened(store, each)) in wanted)
 
 
-def opened(record: Logged) -> Letter:
+def opened(store: Archive, record: Logged) -> Letter:
     """The letter in a record of the log."""
-    return Letter(record.offset, deadletters.decode(record.value), record.redriven_at)
+    return Letter(store.number(record), deadletters.decode(record.value), record)
 
 
 @dataclass(slots=True)
@@ -132,7 +135,7 @@ class Permissions:
 
 def redrive(
     config: Config,
-    store: SqliteStore,
+    store: Archive,
     source: Source,
     wanted: Wanted,
     allowed: Permissions,
@@ -149,7 +152,7 @@ def redrive(
     topic, facts = source.describe(), store.facts()
     if facts is not None and facts.topic_id != topic.topic_id:
         raise RedriveRefused(
-            f"the dead letters in {store.path} came from the topic {facts.topic} ({facts.topic_id}), and this is "
+            f"the dead letters in {store.place} came from the topic {facts.topic} ({facts.topic_id}), and this is "
             f"{topic.name} ({topic.topic_id}): nothing was produced. Correct the configuration."
         )
     done = Redriven()
@@ -213,12 +216,12 @@ def _fetch(letter: DeadLetter, consumer: Consumer, source: Source) -> DeadLetter
 
 
 def _produced(
-    found: Sequence[tuple[Letter, DeadLetter]], producer: "_Again", store: SqliteStore, done: Redriven
+    found: Sequence[tuple[Letter, DeadLetter]], producer: "_Again", store: Archive, done: Redriven
 ) -> list[tuple[Letter, DeadLetter]]:
     """Produce these, mark those that the broker has, and return them; raise where it has not, but for single ones."""
     errors = producer.send([whole for _, whole in found])
     sent = [each for each, error in zip(found, errors, strict=True) if error is None]
-    store.mark_redriven(each.number for each, _ in sent)
+    store.mark_redriven(each.record for each, _ in sent)
     for (each, _), error in zip(found, errors, strict=True):
         if error is not None and error.code() in _REFUSED:
             done.refused.append(each.number)

@@ -12,7 +12,7 @@ from consumer.aggregate.meters import Source as Identity
 from consumer.config import Config
 from consumer.deliver.entries import EntryError, State, unpack
 from consumer.deliver.ledger import PREFIX, Column
-from consumer.runtime import audit, service, start
+from consumer.runtime import embedded, processors, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.source import Source, Topic
 from consumer.storage import Facts, Log, Stage, StorageError
@@ -73,7 +73,7 @@ def _old(config: Config, store: SqliteStore, facts: Facts) -> Old:
                 column = meters.setdefault(name, GivenUp()).open
                 column.events += events
                 column.value += value
-    restored = store.restore(Stage.DELIVER, audit.PARTITION)
+    restored = store.restore(Stage.DELIVER, 0)
     for key, packed in restored.entries if restored else ():
         if not key.startswith(PREFIX):
             entry = unpack(packed)
@@ -81,7 +81,7 @@ def _old(config: Config, store: SqliteStore, facts: Facts) -> Old:
             column = of.parked if entry.state is State.PARKED else of.pending
             column.add(entry.total.events, scaled(entry.total.value))
     newest = _expired(store, clock)
-    for each in audit.read(store, Log.TOTALS):
+    for each in store.logged(Log.TOTALS):
         total = totals.decode(each.value)
         if isinstance(total, Total):
             end = total.window_start * 1000 + WINDOW_MS[total.window]
@@ -93,7 +93,7 @@ def _old(config: Config, store: SqliteStore, facts: Facts) -> Old:
 
 def _aggregators(config: Config, store: SqliteStore, facts: Facts) -> Iterator[Aggregator]:
     """Stage 1 as it was left, one partition after the other."""
-    rules = service.rules_of(config, facts.bill_from)
+    rules = processors.rules_of(config, facts.bill_from)
     for partition in range(facts.partitions):
         restored = store.restore(Stage.AGGREGATE, partition)
         if restored is not None:
@@ -154,7 +154,7 @@ def reset(config: Config, path: Path, source: Source, topic: Topic, *, bill_from
     archive = SqliteStore.reset(path, now=clock.now) if path.exists() else None
     try:
         with SqliteStore.open(path, now=clock.now, create=True, lock=True) as store:
-            service.begin(config, store, source, topic, bill_from=bill_from, now=clock.now())
+            embedded.begin(config, store, source, topic, bill_from=bill_from, now=clock.now())
     except BaseException:
         if archive is not None:
             with locked(path):

@@ -5,10 +5,10 @@ offset of the next record it has to read. A commit makes the offset, the changed
 any number of processors durable in one atomic step, or nothing of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Final, NamedTuple, Protocol
 
 
 class Stage(StrEnum):
@@ -89,6 +89,69 @@ class Store(Protocol):
         """
 
 
+class Logged(NamedTuple):
+    """A record of a log."""
+
+    partition: int
+    offset: int
+    """Given once in the partition; SQLite's one partition begins with 1."""
+    key: bytes
+    appended_at: int
+    """Milliseconds since the epoch, by the store's clock."""
+    value: bytes
+    redriven_at: int | None = None
+    """When this dead letter was produced again, in milliseconds since the epoch; None in the other logs."""
+
+
+class Archive(Protocol):
+    """A store as operators' commands need it, beside a service that may be running: to read, and to append decisions.
+
+    A log lies in partitions, and its records have an order within their partition alone. A partition of the totals log
+    is what a processor of stage 2 reads. Places in a log are offsets by partition.
+    """
+
+    @property
+    def place(self) -> str:
+        """Where the state is, as messages say it."""
+
+    def facts(self) -> Facts | None:
+        """What the state belongs to, or None before the first start."""
+
+    def holder(self) -> str | None:
+        """Who delivers totals at this moment, as messages say it; None where no service does."""
+
+    def restore(self, stage: Stage, partition: int) -> Restored | None:
+        """The processor's last commit, or None where it never made one. Nobody is kept from making the next one."""
+
+    def ends(self, log: Log) -> dict[int, int]:
+        """Where the log ends now, for each partition: all that was appended before lies below."""
+
+    def settled(self, log: Log) -> dict[int, int]:
+        """How far the log is settled, for each partition: the commits that wrote what lies below are made, or never
+        will be. Not above ``ends``, and below it while a commit is being made."""
+
+    def logged(
+        self, log: Log, starts: Mapping[int, int] | None = None, ends: Mapping[int, int] | None = None
+    ) -> Iterator[Logged]:
+        """The records of a log from some places on and below others, a few at a time.
+
+        Without ``starts`` from its beginning, without ``ends`` to where it ends now; a partition that ``starts`` does
+        not name is read from its beginning, one that ``ends`` does not name is left out.
+        """
+
+    def number(self, letter: Logged) -> int:
+        """What people call a dead letter by. It stays, and no other one has it."""
+
+    def letter(self, number: int) -> Logged | None:
+        """The dead letter of this number, if it is there."""
+
+    def append(self, appends: Iterable[Append]) -> None:
+        """Append records that belong to no commit, all or none."""
+
+    def mark_redriven(self, letters: Iterable[Logged]) -> None:
+        """Record that these dead letters have been produced again, now; who reads them is told."""
+
+
 class StorageError(Exception):
     """The store cannot be used; the message names the place and the cure."""
 
@@ -136,3 +199,7 @@ class Fenced(OutcomeUnknown):
     """The store has given up the writer: it was silent for too long, or another one has taken its place."""
 
     how = "fenced"
+
+
+FAILURES: Final = tuple(each.how for each in (Abandoned, Refused, OutcomeUnknown, Fenced))
+"""How commits fail."""

@@ -12,10 +12,20 @@ from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from consumer.storage import Append, Changes, Facts, Log, Restored, Stage, StorageError
-from consumer.storage.sqlite_file import Watch, beside, checkpoint, connect, explained, locked, verify, write_ahead
+from consumer.storage import Append, Changes, Facts, Log, Logged, Restored, Stage, StorageError
+from consumer.storage.sqlite_file import (
+    Watch,
+    beside,
+    checkpoint,
+    connect,
+    explained,
+    held_by,
+    locked,
+    verify,
+    write_ahead,
+)
 
 SCHEMA_VERSION: Final = 1
 
@@ -26,6 +36,7 @@ WAL_BYTES: Final = 64 * 2**20
 """The write-ahead log is copied into the file when it has grown to this: rarely, yet soon read after a crash."""
 
 EXPIRE_ROWS: Final = 10_000
+READ_ROWS: Final = 1_000
 
 _SCHEMA: Final = (
     """CREATE TABLE facts (
@@ -66,22 +77,10 @@ _MOVE: Final = (
 # All logs have the same shape; the one name in braces is the log's.
 _APPEND: Final = "INSERT INTO {} (key, appended_at, value) VALUES (?, ?, ?)"
 _READ: Final = (
-    'SELECT "offset", key, appended_at, value, redriven_at FROM {} WHERE "offset" > ? ORDER BY "offset" LIMIT ?'
+    'SELECT 0, "offset", key, appended_at, value, redriven_at FROM {} WHERE "offset" > ? ORDER BY "offset" LIMIT ?'
 )
 _OLDEST: Final = 'SELECT "offset", appended_at FROM {} WHERE "offset" < ? ORDER BY "offset" LIMIT ?'
 _EXPIRE: Final = 'DELETE FROM {} WHERE "offset" <= ?'
-
-
-class Logged(NamedTuple):
-    """A record of a log. A log's first offset is 1; an offset is given once."""
-
-    offset: int
-    key: bytes
-    appended_at: int
-    """Milliseconds since the epoch."""
-    value: bytes
-    redriven_at: int | None
-    """When this dead letter was produced again, in milliseconds since the epoch; None in the other logs."""
 
 
 class SqliteStore:
@@ -220,6 +219,42 @@ class SqliteStore:
             transaction.execute("UPDATE facts SET partitions = ?", (partitions,))
             self._apply(transaction, Stage.AGGREGATE, changes)
 
+    @property
+    def place(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    def holder(self) -> str | None:
+        """The service that has this file, as its lock says; None where there is none."""
+        return held_by(self.path)
+
+    def logged(
+        self, log: Log, starts: Mapping[int, int] | None = None, ends: Mapping[int, int] | None = None
+    ) -> Iterator[Logged]:
+        """The records of a log from an offset on and below another, a few at a time; the one partition is 0."""
+        at = (starts or {}).get(0, 0)
+        below = (self.ends(log) if ends is None else ends).get(0, 0)
+        while at < below and (records := self.read(log, at - 1, READ_ROWS)):
+            yield from takewhile(lambda each: each.offset < below, records)
+            at = records[-1].offset + 1
+
+    def ends(self, log: Log) -> dict[int, int]:
+        """``end``, of the one partition."""
+        return {0: self.end(log)}
+
+    def settled(self, log: Log) -> dict[int, int]:
+        """The same: what can be read has been committed."""
+        return self.ends(log)
+
+    def number(self, letter: Logged) -> int:
+        """Its offset."""
+        return letter.offset
+
+    def letter(self, number: int) -> Logged | None:
+        """The dead letter of this number, if it is there."""
+        found = self.read(Log.DEAD_LETTERS, number - 1, 1)
+        return found[0] if found and found[0].offset == number else None
+
     def read(self, log: Log, after_offset: int, limit: int) -> list[Logged]:
         """The first records of a log above this offset, at most as many as the limit."""
         return [Logged(*row) for row in self._query(_READ.format(log), (after_offset, limit))]
@@ -241,12 +276,12 @@ class SqliteStore:
                 transaction.execute(_EXPIRE.format(log), (expired[-1],))
         return len(expired)
 
-    def mark_redriven(self, offsets: Iterable[int]) -> None:
-        """Record that these dead letters have been produced again, now; ``read`` tells."""
+    def mark_redriven(self, letters: Iterable[Logged]) -> None:
+        """Record that these dead letters have been produced again, now; who reads them is told."""
         with self._transaction() as transaction:
             now = self._now()
             transaction.executemany(
-                'UPDATE dead_letters SET redriven_at = ? WHERE "offset" = ?', [(now, offset) for offset in offsets]
+                'UPDATE dead_letters SET redriven_at = ? WHERE "offset" = ?', [(now, each.offset) for each in letters]
             )
 
     @contextmanager

@@ -168,6 +168,25 @@ def locked(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def held_by(path: Path) -> str | None:
+    """The service that has this file, as its lock says; None where there is none."""
+    guard = beside(path.resolve(), ".lock")
+    try:
+        descriptor = os.open(guard, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as failed:
+        raise StorageError(f"{guard} cannot be read: {failed.strerror}") from None
+    try:
+        # Shared: commands that ask at the same time do not take each other for a service.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 400, 0).decode(errors="replace") or "another process"
+    finally:
+        os.close(descriptor)
+    return None
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Whatever SQLite or the file system has against this file, as a StorageError that says what to do."""

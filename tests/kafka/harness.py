@@ -37,8 +37,8 @@ from consumer.runtime.stripe import WrongMode
 from consumer.sandbox.kafka import Kafka, free_ports
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import StripeStandIn
-from consumer.storage import Log, StorageError
-from consumer.storage.sqlite import Logged, SqliteStore
+from consumer.storage import Log, Logged, StorageError
+from consumer.storage.sqlite import SqliteStore
 
 SECOND: Final = 1_000
 MINUTE: Final = 60 * SECOND

@@ -609,7 +609,7 @@ def letter(number: int, reason: str = "value_missing", **changes: Any) -> DeadLe
 def test_dead_letters_are_listed_with_reason_place_and_event(place: Place) -> None:
     place.bury(letter(1), letter(2, "not_json", value=b"\xff"), letter(3, value=None, key=None, headers=None))
     with place.store() as store:
-        store.mark_redriven([1])
+        store.mark_redriven(store.read(Log.DEAD_LETTERS, 0, 1))
 
     lines = json_lines(place.tallyman("dead-letters", "list", "--json"))
 
