@@ -30,6 +30,7 @@ from consumer.aggregate.meters import Source as Identity
 from consumer.events import Decoder
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.intake import BATCH, BATCH_S, Intake
+from consumer.runtime.membership import Alone
 from consumer.runtime.source import Source
 from consumer.sandbox.kafka import LocalKafka
 from consumer.sandbox.traffic import Message, produce
@@ -122,13 +123,14 @@ def stage_1(servers: str, number: int) -> dict[str, float]:
             intake = Intake(
                 Source({"bootstrap.servers": servers}, TOPIC, "bench"),
                 store,
+                Alone(PARTITIONS),
+                lambda partition, _: aggregators[partition],
                 clock=clock,
                 commit_every=5_000,
                 open_keys=2_000_000,
                 witness=lambda: None,
                 committed=lambda: None,
             )
-            intake.assign(aggregators)
             stopwatch: list[Stopwatch] = []
             result: list[dict[str, float]] = []
 

@@ -468,7 +468,4 @@ def _validated(document: Document, secrets: credentials.Secrets) -> Config | Non
     except ValidationError as error:
         for each in error.errors():
             document.problem(document.narrowed(each["loc"]), each["msg"])
-    storage = document.data.get("storage") if isinstance(document.data, dict) else None
-    if isinstance(storage, dict) and storage.get("kind") == "kafka":
-        document.problem(("storage", "kind"), "kafka is not in this version yet: use sqlite")
     return config

@@ -41,7 +41,7 @@ from consumer.runtime.redrive import RedriveRefused
 from consumer.runtime.source import SourceError
 from consumer.runtime.start import StartRefused, shown
 from consumer.runtime.stripe import WrongMode
-from consumer.storage import StorageError
+from consumer.storage import Stage, StorageError
 
 WRONG: Final = (
     Refused,
@@ -114,6 +114,10 @@ def _common(
 def run(
     *,
     config: ConfigFile = DEFAULT,
+    stage: Annotated[
+        Stage | None,
+        typer.Option(help="Run only this stage, with storage.kind: kafka; so each one scales by itself."),
+    ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         typer.Option(envvar="TALLYMAN_LOG_LEVEL", help="What to log: on a terminal as text, else as JSON lines."),
@@ -126,7 +130,11 @@ def run(
     Example: `STRIPE_SECRET_KEY_FILE=/run/secrets/stripe tallyman run -c prod.yaml`
     """
     logs.configure(log_level)
-    service.run(read_config(config), service.Surroundings(CLOCK, lambda each, _: source_of(each, log_level=4)))
+    service.run(
+        read_config(config),
+        service.Surroundings(CLOCK, lambda each, _: source_of(each, log_level=4)),
+        frozenset(Stage) if stage is None else frozenset({stage}),
+    )
 
 
 @app.command()

@@ -1,12 +1,12 @@
 """The loop of stage 1: one thread owns the consumer and everything that reads from it.
 
 What the client does not forgive is answered here. It is given no callbacks: an exception in one loses a whole batch.
-Waits are short, for it sits out the timeout of ``consume`` and lets no signal through. Offsets are given to ``assign``
-and kept by us, never asked of the client. What may have been read of a partition that is not ours is dropped.
+Waits are short, for it sits out the timeout of ``consume`` and lets no signal through. Offsets are given to the client
+with each partition and kept by us, never asked of it. Records of a partition that is not ours are dropped.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from threading import Thread
@@ -19,8 +19,10 @@ from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record
 from consumer.aggregate.clock import QuietClock, Reading
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.runtime.clocks import Clock
+from consumer.runtime.membership import Membership
+from consumer.runtime.restoring import Restoring, backoff
 from consumer.runtime.source import Ends, Source, SourceError
-from consumer.storage import Stage, Store
+from consumer.storage import CommitFailed, Progress, Stage, Store
 
 log = structlog.get_logger()
 
@@ -71,25 +73,31 @@ class Committed:
 
 
 class Intake:
-    """Reads all partitions that it is given until told to stop; see ``run``."""
+    """Reads the partitions that it owns until told to stop; see ``run``."""
 
     def __init__(
         self,
         source: Source,
         store: Store,
+        membership: Membership,
+        restore: Callable[[int, Progress], Aggregator],
         *,
         clock: Clock,
         commit_every: int,
         open_keys: int,
         witness: Callable[[], Reading | None],
         committed: Callable[[], None],
-        ends: Callable[[], Ends] = Ends,
+        ends: Callable[[], Ends] | None = None,
     ) -> None:
-        """``commit_every`` is in milliseconds. ``witness`` is another clock than ours, if one has been heard of lately.
-        ``committed`` is told after each commit, from this loop's thread. ``ends``: where the state's logs end.
+        """``restore`` gives a partition as its last commit left it; it is called in the background.
+
+        ``commit_every`` is in milliseconds. ``witness`` is another clock than ours, if one has been heard of lately.
+        ``committed`` is told after each commit, from this loop's thread. ``ends``: where the state's logs end, for the
+        group to bear witness to; None where the commits themselves tell the group.
         """
         self._source = source
         self._store = store
+        self._membership = membership
         self._clock = clock
         self._commit_every = commit_every
         self._open_keys = open_keys
@@ -102,10 +110,22 @@ class Intake:
         self._broker_witness: Reading | None = None
         self._consumer: Consumer = source.consumer()
         self._committed_at = self._looked_at = self._looked_at_topic = self._heard_at = clock.elapsed()
+        self._joined = False
         self._draining = False
         """Whether the last commit left windows to close, more than one commit may."""
+        self._owned: set[int] = set()
+        self._failures = 0
+        """Commits that have failed since the last one that was made."""
         self.partitions: dict[int, Partition] = {}
+        """Those that are being read; the other ones that are ours are restored."""
+        self.restoring = Restoring(Stage.AGGREGATE, restore)
+        self.settled = False
+        """Whether it has been told what it owns, and has restored all of it; once true it stays so."""
         self.committed: dict[int, Committed] = {}
+        self.failed_commits: Counter[str] = Counter()
+        """By how they failed."""
+        self.failing_since: int | None = None
+        """The time of day since which no commit has been made, though one was due; None while they are made."""
         self.kafka_silent_since: int | None = None
         """The time of day since which Kafka has not answered; None while it does."""
         self.turned = clock.elapsed()
@@ -113,19 +133,47 @@ class Intake:
         self.last_commit: tuple[int, float] | None = None
         """When (time of day, ms) the last commit was made and how long it took, in seconds."""
 
-    def assign(self, aggregators: Mapping[int, Aggregator]) -> None:
-        """Read these partitions from now on, each from its own offset."""
+    # What is ours
+
+    def assigned(self, partitions: Collection[int]) -> None:
+        """Restore these, and read them as soon as that is done."""
+        self._joined = True
+        self._owned.update(partitions)
+        for number in partitions:
+            self.restoring.begin(number)
+
+    def revoked(self, partitions: Collection[int]) -> None:
+        """Commit these for the last time, and let go of them."""
+        self._commit(partitions)
+        self.lost(partitions)
+
+    def lost(self, partitions: Collection[int]) -> None:
+        """Let go of these, as they are."""
+        self._owned.difference_update(partitions)
+        for number in partitions:
+            self.restoring.give_up(number)
+        self._drop(partitions)
+
+    def _drop(self, partitions: Collection[int]) -> None:
+        reading = [number for number in partitions if self.partitions.pop(number, None) is not None]
+        for number in reading:
+            self.committed.pop(number, None)
+        if reading:
+            self._consumer.incremental_unassign([TopicPartition(self._source.topic, number) for number in reading])
+
+    def _take_over(self) -> None:
+        """Read what has been restored from now on, each partition from its own offset."""
         elapsed = self._clock.elapsed()
-        self.partitions = {
-            number: Partition(each, QuietClock(each.book.clock, elapsed, each.settle), each.offset)
-            for number, each in aggregators.items()
-        }
-        for number in self.partitions:
+        for number, aggregator in self.restoring.done():
+            quiet = QuietClock(aggregator.book.clock, elapsed, aggregator.settle)
+            self.partitions[number] = Partition(aggregator, quiet, aggregator.offset)
             self._note(number)
-        taken = [TopicPartition(self._source.topic, number, each.read_to) for number, each in self.partitions.items()]
-        self._consumer.assign(taken)
-        # A partition that was paused when it was last ours would stay so, and starve in silence.
-        self._consumer.resume(taken)
+            taken = [TopicPartition(self._source.topic, number, aggregator.offset)]
+            self._consumer.incremental_assign(taken)
+            # A partition that was paused when it was last ours would stay so, and starve in silence.
+            self._consumer.resume(taken)
+            log.info("partition_taken_over", partition=number, offset=aggregator.offset)
+        self.settled = self.settled or (self._joined and not len(self.restoring))
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Go round until ``stopping``, then commit once more.
@@ -133,17 +181,23 @@ class Intake:
         Raises ``IntakeStopped``, or what the store raises; then nothing more has been committed.
         """
         try:
+            self._membership.join(self)
             while not stopping():
                 self._turn()
-            self._commit()
+            self._commit(self._owned)
             self._bear_witness(self._clock.elapsed())
         finally:
+            for number in self._owned:
+                self.restoring.give_up(number)
+            self._membership.close()
             # It waits for brokers that may be gone; by now nothing depends on it.
             closing = Thread(target=self._consumer.close, daemon=True)
             closing.start()
             closing.join(CLOSE_S)
 
     def _turn(self) -> None:
+        self._membership.poll()
+        self._take_over()
         messages = self._consumer.consume(BATCH, BATCH_S)
         now, elapsed = self._clock.now(), self._clock.elapsed()
         for number, records in self._sorted(messages).items():
@@ -159,7 +213,7 @@ class Intake:
             self._looked_at_topic = elapsed
             self._look_at_topic()
         if self._commit_is_due(elapsed):
-            self._commit()
+            self._commit(self._owned)
         self.turned = elapsed
 
     def _sorted(self, messages: Sequence[Message]) -> dict[int, list[Record]]:
@@ -249,13 +303,11 @@ class Intake:
                 f"the topic {self._source.topic} was deleted and created again while it was read: its records are "
                 "others. Start again to see what to do."
             )
-        if partitions > len(self.partitions):
-            raise IntakeStopped(
-                f"the topic {self._source.topic} has {partitions} partitions now, and {len(self.partitions)} are read. "
-                "Nothing is lost: start again, and the new ones are read from their beginning."
-            )
+        self._membership.grown(partitions)
 
     def _asked_ends(self, now: int) -> dict[int, int]:
+        if not self.partitions:
+            return {}
         try:
             ends = self._source.ends(self.partitions, END_S)
         except SourceError as failed:
@@ -276,7 +328,7 @@ class Intake:
     def _check_limit(self) -> None:
         while (keys := sum(partition.aggregator.open_keys for partition in self.partitions.values())) > self._open_keys:
             if any(partition.aggregator.closing for partition in self.partitions.values()):
-                self._commit()
+                self._commit(self._owned)
                 continue
             raise IntakeStopped(
                 f"{keys} customers in open buckets are more than limits.open_keys allows ({self._open_keys}). Nothing "
@@ -287,17 +339,23 @@ class Intake:
     def _commit_is_due(self, elapsed: int) -> bool:
         return self._draining or elapsed - self._committed_at >= self._commit_every
 
-    def _commit(self) -> None:
+    def _commit(self, partitions: Collection[int]) -> None:
         began = self._clock.elapsed()
+        self._committed_at = began
         changes = {
             number: partition.aggregator.commit()
             for number, partition in self.partitions.items()
-            if partition.aggregator.changed
+            if number in partitions and partition.aggregator.changed
         }
-        self._committed_at = began
         if not changes:
+            self._draining = False
             return
-        self._store.commit(Stage.AGGREGATE, changes)
+        try:
+            self._store.commit(Stage.AGGREGATE, changes)
+        except CommitFailed as failed:
+            self._start_again(changes, failed)
+            return
+        self._failures, self.failing_since = 0, None
         for number in changes:
             self._note(number)
         took = (self._clock.elapsed() - began) / 1000
@@ -305,6 +363,25 @@ class Intake:
         self._tell_committed()
         self._draining = any(partition.aggregator.closing for partition in self.partitions.values())
         log.debug("committed", offsets={n: c.offset for n, c in changes.items()}, seconds=took)
+
+    def _start_again(self, partitions: Collection[int], failed: CommitFailed) -> None:
+        """What is in memory may be ahead of what is durable, or behind it: only a restore tells."""
+        self._failures += 1
+        self.failed_commits[failed.how] += 1
+        if self.failing_since is None:
+            self.failing_since = self._clock.now()
+        again_s = backoff(self._failures)
+        log.warning(
+            "commit_failed",
+            stage=str(Stage.AGGREGATE),
+            how=failed.how,
+            reason=str(failed),
+            partitions=sorted(partitions),
+            again_s=again_s,
+        )
+        self._drop(partitions)
+        for number in self._owned.intersection(partitions):
+            self.restoring.begin(number, after_s=again_s)
 
     def _note(self, number: int) -> None:
         aggregator = self.partitions[number].aggregator
@@ -316,6 +393,8 @@ class Intake:
 
         Offsets alone say nothing of a quiet day on which totals were closed and sent: hence the ends of the logs.
         """
+        if self._ends is None:
+            return
         said = self._ends(), {number: committed.offset for number, committed in self.committed.items()}
         if said == self._said and elapsed - self._said_at < SAY_AGAIN_MS:
             return

@@ -11,12 +11,13 @@ from prometheus_client.registry import Collector
 
 from consumer import __version__
 from consumer.deliver.answers import Heard, Verdict, judge
-from consumer.deliver.delivery import Attempt
+from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.ledger import Column
 from consumer.deliver.pacing import Shut
 from consumer.runtime.clocks import Clock
 from consumer.runtime.intake import Intake
 from consumer.runtime.reporter import Reporter
+from consumer.storage import FAILURES, Stage
 from consumer.totals import SCALE
 
 _SECONDS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
@@ -65,9 +66,9 @@ class Requests:
 
 
 class State(Collector):
-    """Both stages, as they are when Prometheus asks."""
+    """The stages that this process runs, as they are when Prometheus asks."""
 
-    def __init__(self, intake: Intake, reporter: Reporter, clock: Clock) -> None:
+    def __init__(self, intake: Intake | None, reporter: Reporter | None, clock: Clock) -> None:
         self._intake = intake
         self._reporter = reporter
         self._clock = clock
@@ -75,13 +76,16 @@ class State(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families. Read from other threads than those that write: nothing here waits or locks."""
         yield from self._build()
-        yield from self._outside()
-        yield from self._events()
-        yield from self._partitions()
-        yield from self._meters()
+        if self._intake is not None:
+            yield from self._source(self._intake)
+            yield from self._events(self._intake)
+            yield from self._partitions(self._intake)
+            yield from self._meters(self._intake)
         yield from self._totals()
-        yield from self._sending()
+        if self._reporter is not None:
+            yield from self._sending(self._reporter)
         yield from self._commits()
+        yield from self._restores()
 
     def _build(self) -> Iterator[Metric]:
         versions = {
@@ -91,12 +95,12 @@ class State(Collector):
         }
         yield InfoMetricFamily("tallyman_build", "What is running.", versions)
 
-    def _outside(self) -> Iterator[Metric]:
-        kafka, stripe = self._intake.kafka_silent_since is None, self._reporter.delivery.shut is not Shut.DOWN
-        yield GaugeMetricFamily("tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", kafka)
-        yield GaugeMetricFamily("tallyman_stripe_up", "1 while Stripe answers, 0 during an outage.", stripe)
+    def _source(self, intake: Intake) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", intake.kafka_silent_since is None
+        )
 
-    def _events(self) -> Iterator[Metric]:
+    def _events(self, intake: Intake) -> Iterator[Metric]:
         events = CounterMetricFamily(
             "tallyman_events",
             "Records consumed, by what became of them; a reason is given for dead letters and for what is ignored.",
@@ -108,7 +112,7 @@ class State(Collector):
             "Records without a key: a customer's events on many partitions cost as many calls to Stripe.",
             labels=["partition"],
         )
-        for number, committed in self._intake.committed.items():
+        for number, committed in list(intake.committed.items()):
             partition, book = str(number), committed.book
             consumed.add_metric([partition], book.consumed)
             unkeyed.add_metric([partition], book.unkeyed)
@@ -120,7 +124,7 @@ class State(Collector):
                 events.add_metric([partition, "ignored", reason], count)
         yield from (events, consumed, unkeyed)
 
-    def _partitions(self) -> Iterator[Metric]:
+    def _partitions(self, intake: Intake) -> Iterator[Metric]:
         now = self._clock.now()
         labels = ["partition"]
         lag = GaugeMetricFamily("tallyman_lag_records", "Records not read yet.", labels=labels)
@@ -138,7 +142,7 @@ class State(Collector):
         buckets = GaugeMetricFamily("tallyman_open_buckets", "Windows that are still counted.", labels=labels)
         keys = GaugeMetricFamily("tallyman_open_keys", "Customers in those windows.", labels=labels)
         ids = GaugeMetricFamily("tallyman_remembered_ids", "Event ids that tell duplicates.", labels=labels)
-        for number, partition in list(self._intake.partitions.items()):
+        for number, partition in list(intake.partitions.items()):
             name = [str(number)]
             aggregator = partition.aggregator
             missing = max(0, (partition.end or 0) - partition.read_to) + len(partition.held)
@@ -151,7 +155,7 @@ class State(Collector):
             ids.add_metric(name, aggregator.remembered)
         yield from (lag, behind, clock, waits, buckets, keys, ids)
 
-    def _meters(self) -> Iterator[Metric]:
+    def _meters(self, intake: Intake) -> Iterator[Metric]:
         labels = ["partition", "meter"]
         counted = CounterMetricFamily("tallyman_counted_events", "Events counted.", labels=labels)
         value = GaugeMetricFamily("tallyman_counted_value", "Their value.", labels=labels)
@@ -164,7 +168,7 @@ class State(Collector):
         late = CounterMetricFamily(
             "tallyman_late_events", "Events that arrived after their window, by revision.", labels=[*labels, "revision"]
         )
-        for number, committed in self._intake.committed.items():
+        for number, committed in list(intake.committed.items()):
             for meter, book in committed.meters.items():
                 name = [str(number), meter]
                 counted.add_metric(name, book.events)
@@ -179,19 +183,29 @@ class State(Collector):
 
     def _totals(self) -> Iterator[Metric]:
         labels = ["meter", "state", "reason"]
-        count = GaugeMetricFamily("tallyman_totals", "Totals, by where they stand.", labels=labels)
+        count = GaugeMetricFamily(
+            "tallyman_totals",
+            "Totals, by where they stand. What is unread is the sum over all processes: one may have read what another "
+            "has made.",
+            labels=labels,
+        )
         value = GaugeMetricFamily("tallyman_totals_value", "Their value.", labels=labels)
         missing = GaugeMetricFamily(
             "tallyman_totals_missing_value",
             "Value that was read from the totals log and is nowhere. Anything but 0 is a fault.",
             labels=["meter"],
         )
-        made: dict[str, tuple[int, int]] = {}
-        for committed in self._intake.committed.values():
+        unread: dict[str, tuple[int, int]] = {}
+        for committed in list(self._intake.committed.values()) if self._intake else ():
             for meter, each in committed.meters.items():
-                before = made.get(meter, (0, 0))
-                made[meter] = before[0] + each.totals, before[1] + each.total_value
-        for meter, book in list(self._reporter.delivery.ledger.books.items()):
+                before = unread.get(meter, (0, 0))
+                unread[meter] = before[0] + each.totals, before[1] + each.total_value
+        for meter, book in ((m, b) for each in self._deliveries for m, b in list(each.ledger.books.items())):
+            before = unread.get(meter, (0, 0))
+            unread[meter] = before[0] - book.read.totals, before[1] - book.read.value
+        sums: dict[tuple[str, str, str], tuple[int, int]] = {}
+        lost: dict[str, int] = {}
+        for meter, book in ((m, b) for each in self._deliveries for m, b in list(each.ledger.books.items())):
             columns: dict[tuple[str, str], Column] = {
                 ("delivered", ""): book.delivered,
                 ("unbilled", ""): book.unbilled,
@@ -202,50 +216,87 @@ class State(Collector):
                 ("pending", ""): book.pending,
             } | {("parked", reason.value): column for reason, column in book.parked.items()}
             for (state, reason), column in columns.items():
-                count.add_metric([meter, state, reason], column.totals)
-                value.add_metric([meter, state, reason], column.value / SCALE)
-            missing.add_metric([meter], book.missing / SCALE)
-            made_totals, made_value = made.pop(meter, (book.read.totals, book.read.value))
-            count.add_metric([meter, "unread", ""], made_totals - book.read.totals)
-            value.add_metric([meter, "unread", ""], (made_value - book.read.value) / SCALE)
-        for meter, (totals, total_value) in made.items():
-            count.add_metric([meter, "unread", ""], totals)
-            value.add_metric([meter, "unread", ""], total_value / SCALE)
+                had = sums.get((meter, state, reason), (0, 0))
+                sums[meter, state, reason] = had[0] + column.totals, had[1] + column.value
+            lost[meter] = lost.get(meter, 0) + book.missing
+        for meter, (totals, total_value) in unread.items():
+            sums[meter, "unread", ""] = totals, total_value
+        for of, (totals, total_value) in sums.items():
+            count.add_metric(of, totals)
+            value.add_metric(of, total_value / SCALE)
+        for meter, amount in lost.items():
+            missing.add_metric([meter], amount / SCALE)
         yield from (count, value, missing)
 
-    def _sending(self) -> Iterator[Metric]:
-        delivery = self._reporter.delivery
-        now = self._clock.now()
+    def _sending(self, reporter: Reporter) -> Iterator[Metric]:
+        now, deliveries, outlet = self._clock.now(), reporter.deliveries, reporter.outlet
+        yield GaugeMetricFamily(
+            "tallyman_stripe_up", "1 while Stripe answers, 0 during an outage.", outlet.gate.shut is not Shut.DOWN
+        )
         oldest = GaugeMetricFamily(
             "tallyman_oldest_pending_total_age_seconds",
             "For how long the oldest total that is neither finished nor parked has been due; 0 where there is none.",
         )
-        due = self._reporter.oldest_due()
+        due = reporter.oldest_due()
         oldest.add_metric([], 0 if due is None else max(0, now - due) / 1000)
         yield oldest
-        yield GaugeMetricFamily("tallyman_stripe_rate", "Requests a second that are allowed now.", delivery.rate)
-        yield GaugeMetricFamily("tallyman_in_flight_totals", "Totals being sent or tried again.", delivery.in_flight)
+        yield GaugeMetricFamily("tallyman_stripe_rate", "Requests a second that are allowed now.", outlet.pacing.rate)
         yield GaugeMetricFamily(
-            "tallyman_aside_totals", "Totals set aside behind their customer's others.", delivery.aside
+            "tallyman_in_flight_totals",
+            "Totals being sent or tried again.",
+            sum(each.in_flight for each in deliveries),
+        )
+        yield GaugeMetricFamily(
+            "tallyman_aside_totals",
+            "Totals set aside behind their customer's others.",
+            sum(each.aside for each in deliveries),
         )
         paused = GaugeMetricFamily(
             "tallyman_delivery_paused",
             "1 for the reason why sending has stopped until somebody acts.",
             labels=["reason"],
         )
-        if delivery.paused:
-            paused.add_metric([delivery.paused], 1)
+        if why := reporter.paused:
+            paused.add_metric([why], 1)
         yield paused
         alarms = GaugeMetricFamily("tallyman_parked_totals", "Totals parked, as committed.", labels=["reason"])
-        for reason, parked in delivery.alarms.items():
-            alarms.add_metric([reason.value], parked)
+        for reason in {reason for each in deliveries for reason in each.alarms}:
+            alarms.add_metric([reason.value], sum(each.alarms.get(reason, 0) for each in deliveries))
         yield alarms
 
     def _commits(self) -> Iterator[Metric]:
         took = GaugeMetricFamily("tallyman_commit_duration_seconds", "How long the last commit took.", labels=["stage"])
         at = GaugeMetricFamily("tallyman_commit_timestamp_seconds", "When the last commit was made.", labels=["stage"])
-        for stage, last in (("aggregate", self._intake.last_commit), ("deliver", self._reporter.last_commit)):
-            if last is not None:
-                at.add_metric([stage], last[0] / 1000)
-                took.add_metric([stage], last[1])
-        yield from (took, at)
+        failed = CounterMetricFamily(
+            "tallyman_commits_failed",
+            "Commits that came to nothing, or of which nobody knew what came; their partitions were restored.",
+            labels=["stage", "reason"],
+        )
+        for stage, each in self._running():
+            if each.last_commit is not None:
+                at.add_metric([stage], each.last_commit[0] / 1000)
+                took.add_metric([stage], each.last_commit[1])
+            for how in FAILURES:
+                failed.add_metric([stage, how], each.failed_commits[how])
+        yield from (took, at, failed)
+
+    def _restores(self) -> Iterator[Metric]:
+        owned = GaugeMetricFamily("tallyman_owned_partitions", "Partitions at work in this process.", labels=["stage"])
+        left = GaugeMetricFamily(
+            "tallyman_restore_remaining_records",
+            "Records of the state that are still to be read before the partition is taken over.",
+            labels=["stage", "partition"],
+        )
+        for stage, each in self._running():
+            owned.add_metric([stage], len(each.partitions))
+            for number, (read, end) in each.restoring.progress.items():
+                left.add_metric([stage, str(number)], end - read)
+        yield from (owned, left)
+
+    @property
+    def _deliveries(self) -> list[Delivery]:
+        return self._reporter.deliveries if self._reporter else []
+
+    def _running(self) -> list[tuple[Stage, Intake | Reporter]]:
+        stages = ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter))
+        return [(stage, each) for stage, each in stages if each is not None]

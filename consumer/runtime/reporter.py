@@ -1,82 +1,148 @@
-"""The loop of stage 2: it reads the totals log, lets the core decide, makes that durable, and sends."""
+"""The loop of stage 2: it reads the totals log, lets the cores decide, makes that durable, and sends."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Final
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from consumer import totals
 from consumer.deliver.answers import Answer, Heard
+from consumer.deliver.customers import Customers
 from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.pacing import Outlet
 from consumer.runtime.clocks import Clock
 from consumer.runtime.customers import CustomerFile
+from consumer.runtime.membership import Membership
+from consumer.runtime.restoring import Restoring, backoff
 from consumer.runtime.stripe import CONNECTIONS, Stripe
-from consumer.storage import Log, Stage
-from consumer.storage.sqlite import SqliteStore
+from consumer.runtime.totals_log import TotalsLog
+from consumer.storage import Changes, CommitFailed, Progress, Stage, Store
 from consumer.totals import Command, Total
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
-PARTITION: Final = 0
-"""One process has one log of totals."""
 READ_AT_ONCE: Final = 1_000
 LOOK_AGAIN_S: Final = 0.5
 """How often the log is looked at for what other processes append, and the customers' file for changes."""
+POLL_EVERY_MS: Final = 100
 LAST_ANSWERS_S: Final = 3.0
 """How long a stop waits for answers to what has been sent: each one saves a second attempt."""
 
 Observer = Callable[[Attempt, Heard, float], None]
+State = tuple[int, list[tuple[bytes, bytes]]]
+"""What a partition's last commit left: the offset of the next record to read, and the entries."""
+
+
+@dataclass(slots=True)
+class Partition:
+    """One partition of the totals log at work."""
+
+    delivery: Delivery
+    next: int
+    """The offset of the next record to read."""
+    obeyed_below: int = 0
+    """Commands below this offset have been carried out, though totals before them have not been read."""
 
 
 class Reporter:
-    """Sends totals until told to stop; see ``run``."""
+    """Sends the totals of the partitions that it owns until told to stop; see ``run``."""
 
     def __init__(
         self,
-        store: SqliteStore,
-        delivery: Delivery,
-        stripe: Stripe,
+        store: Store,
+        membership: Membership,
+        restore: Callable[[int, Progress], State],
         *,
+        unread: TotalsLog,
+        ahead: TotalsLog,
+        deliver: Callable[[Customers], Delivery],
+        stripe: Stripe,
+        outlet: Outlet,
         clock: Clock,
-        customers: CustomerFile | None,
+        customers: Customers,
+        file: CustomerFile | None,
         hold: bool,
         observe: Observer,
     ) -> None:
-        """``hold``: send nothing, and leave totals in their log. ``observe`` is told of every answer and its time."""
-        self.delivery = delivery
+        """
+        Args:
+            store: for the commits.
+            membership: which partitions are ours.
+            restore: gives a partition as its last commit left it; called in the background.
+            unread: the totals log.
+            ahead: the same, to look for commands where no total may be read.
+            deliver: a core for one more partition.
+            stripe: where totals are sent.
+            outlet: what all cores have in common.
+            clock: the host's.
+            customers: who they are at Stripe.
+            file: where that is written, if it can change.
+            hold: send nothing, and leave totals in their log.
+            observe: is told of every answer, and how many seconds it took.
+        """
         self._store = store
+        self._unread = unread
+        self._ahead = ahead
+        self._membership = membership
+        self._deliver = deliver
         self._stripe = stripe
+        self.outlet = outlet
         self._clock = clock
         self._customers = customers
+        self._file = file
         self._hold = hold
         self._observe = observe
-        self._next = 1
-        self._obeyed_below = 0
-        self._sending: set[asyncio.Task[None]] = set()
+        self._owned: set[int] = set()
+        self._joined = False
+        self._failures = 0
+        self._turns: deque[Partition] = deque()
+        """Whose turn it is to send."""
+        self._sending: dict[asyncio.Task[None], Delivery] = {}
         self._news = asyncio.Event()
         self._failure: BaseException | None = None
+        self._polled_at = 0
+        self.partitions: dict[int, Partition] = {}
+        """Those at work; the other ones that are ours are restored."""
+        self.restoring = Restoring(Stage.DELIVER, restore)
+        self.settled = False
+        """Whether it has been told what it owns, and has restored all of it; once true it stays so."""
+        self.failed_commits: Counter[str] = Counter()
+        """By how they failed."""
+        self.failing_since: int | None = None
+        """The time of day since which no commit has been made, though one was due; None while they are made."""
         self.turned = clock.elapsed()
         """When the loop last went round, by the monotonic clock."""
         self.last_commit: tuple[int, float] | None = None
         """When (time of day, ms) the last commit was made and how long it took, in seconds."""
 
-    def restore(self) -> None:
-        """Begin where the last commit ended."""
-        restored = self._store.restore(Stage.DELIVER, PARTITION)
-        self._next = restored.offset if restored else 1
-        self.delivery.restore(self._next, restored.entries if restored else (), self._clock.now())
+    # What is seen from outside
 
     @property
-    def read_to(self) -> int:
-        """The offset of the next record of the totals log."""
-        return self._next
+    def deliveries(self) -> list[Delivery]:
+        """The cores, one for each partition at work."""
+        return [each.delivery for each in list(self.partitions.values())]
+
+    @property
+    def paused(self) -> str | None:
+        """Why nothing more is read somewhere and a person is needed; None where all goes on."""
+        return next((why for each in self.deliveries if (why := each.paused)), None)
 
     def oldest_due(self) -> int | None:
         """Since when (ms) the oldest total that is neither finished nor parked has been due, if there is any."""
-        here = self.delivery.oldest_due()
+        return min(
+            (due for number in list(self.partitions) if (due := self._oldest_due(number)) is not None), default=None
+        )
+
+    def _oldest_due(self, number: int) -> int | None:
+        partition = self.partitions[number]
+        here = partition.delivery.oldest_due()
         # Between the totals lie advances, one for each partition at most, and what operators decided.
-        for each in self._store.read(Log.TOTALS, self._next - 1, READ_AT_ONCE):
+        for each in self._unread.read(number, partition.next, READ_AT_ONCE):
             record = totals.decode(each.value)
             if isinstance(record, Total):
                 return record.due if here is None else min(here, record.due)
@@ -86,42 +152,114 @@ class Reporter:
         """There may be something to do. To be called in the event loop's thread."""
         self._news.set()
 
+    # What is ours: called by the membership, in any thread but that of the event loop
+
+    def assigned(self, partitions: Collection[int]) -> None:
+        """Restore these, and go on with them as soon as that is done."""
+        self._loop.call_soon_threadsafe(self._own, partitions)
+
+    def revoked(self, partitions: Collection[int]) -> None:
+        """Send nothing more of these, commit them for the last time, and let go of them."""
+        changes = self._in_loop(self._finish(partitions))
+        try:
+            if changes:
+                self._store.commit(Stage.DELIVER, changes)
+        except CommitFailed as failed:
+            self._note_failure(changes, failed)
+        self.lost(partitions)
+
+    def lost(self, partitions: Collection[int]) -> None:
+        """Let go of these, as they are."""
+        self._in_loop(self._disown(partitions))
+
+    def _in_loop(self, what: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
+
+    def _own(self, partitions: Collection[int]) -> None:
+        self._joined = True
+        self._owned.update(partitions)
+        for number in partitions:
+            self.restoring.begin(number)
+        self._news.set()
+
+    async def _disown(self, partitions: Collection[int]) -> None:
+        self._owned.difference_update(partitions)
+        for number in partitions:
+            self.restoring.give_up(number)
+        self._drop(partitions)
+
+    def _drop(self, partitions: Iterable[int]) -> None:
+        for number in partitions:
+            partition = self.partitions.pop(number, None)
+            if partition is not None:
+                partition.delivery.drop()
+                self._turns.remove(partition)
+                self._unread.let_go(number)
+                self._ahead.let_go(number)
+
+    def _take_over(self) -> None:
+        for number, (offset, entries) in self.restoring.done():
+            delivery = self._deliver(self._customers)
+            delivery.restore(offset, entries, self._clock.now())
+            if self._hold:
+                delivery.retire(self._clock.now())
+            partition = self.partitions[number] = Partition(delivery, offset)
+            self._turns.append(partition)
+            self._news.set()
+            log.info("totals_taken_over", partition=number, offset=offset, entries=len(entries))
+        self.settled = self.settled or (self._joined and not len(self.restoring))
+
+    # The loop
+
     async def run(self, stopping: asyncio.Event) -> None:
         """Go round until ``stopping``, wait shortly for answers, and commit once more."""
-        if self._hold:
-            self.delivery.retire(self._clock.now())
-        while not stopping.is_set():
-            await self._turn()
-        # What was marked and will not be sent now must not come back as possibly sent.
-        self.delivery.retire(self._clock.now())
-        if self._sending:
-            await asyncio.wait(self._sending, timeout=LAST_ANSWERS_S)
-        for task in self._sending:
-            task.cancel()
-        await self._commit()
+        self._loop = asyncio.get_running_loop()
+        self._membership.join(self)
+        try:
+            while not stopping.is_set():
+                await self._turn()
+            changes = await self._finish(list(self.partitions))
+            await self._commit(changes)
+        finally:
+            await self._disown(list(self._owned))
+            await asyncio.to_thread(self._membership.close)
 
     async def _turn(self) -> None:
         self.turned = self._clock.elapsed()
         if self._failure is not None:
             raise self._failure
         self._news.clear()
+        if self.turned - self._polled_at >= POLL_EVERY_MS:
+            self._polled_at = self.turned
+            # In a thread: what the membership tells us may want an answer of this loop.
+            await asyncio.to_thread(self._membership.poll)
+        self._take_over()
         self._look_at_customers()
         if not self._hold:
             await self._read()
-        if self.delivery.due:
-            await self._commit()
-        while not self._hold and len(self._sending) < CONNECTIONS:
-            attempt = self.delivery.next(self._clock.now())
-            if attempt is None:
-                break
-            task = asyncio.create_task(self._send(attempt))
-            self._sending.add(task)
+        await self._commit(self._changes(n for n, each in self.partitions.items() if each.delivery.due))
+        while not self._hold and len(self._sending) < CONNECTIONS and (found := self._next()) is not None:
+            delivery, attempt = found
+            task = asyncio.create_task(self._send(delivery, attempt))
+            self._sending[task] = delivery
             task.add_done_callback(self._sent)
         await self._rest()
 
+    def _next(self) -> tuple[Delivery, Attempt] | None:
+        """The next attempt; the partitions take turns."""
+        now = self._clock.now()
+        for _ in range(len(self._turns)):
+            self._turns.rotate(-1)
+            delivery = self._turns[0].delivery
+            if (attempt := delivery.next(now)) is not None:
+                return delivery, attempt
+        return None
+
     async def _rest(self) -> None:
         now = self._clock.now()
-        wake = self.delivery.wake(now) if len(self._sending) < CONNECTIONS and not self._hold else None
+        wake = None
+        if len(self._sending) < CONNECTIONS and not self._hold:
+            wake = min((at for each in self.deliveries if (at := each.wake(now)) is not None), default=None)
         wait = LOOK_AGAIN_S if wake is None else min(LOOK_AGAIN_S, max(0.001, (wake - now) / 1000))
         try:
             async with asyncio.timeout(wait):
@@ -130,61 +268,127 @@ class Reporter:
             pass
 
     async def _read(self) -> None:
-        room = self.delivery.room
-        if room <= 0:
-            await self._look_for_commands()
+        wanted = {
+            number: (partition.next, min(room, READ_AT_ONCE))
+            for number, partition in self.partitions.items()
+            if (room := partition.delivery.room) > 0
+        }
+        full = {
+            number: max(partition.obeyed_below, partition.next)
+            for number, partition in self.partitions.items()
+            if number not in wanted
+        }
+        if not self.partitions:
             return
-        records = await asyncio.to_thread(self._store.read, Log.TOTALS, self._next - 1, min(room, READ_AT_ONCE))
+        found = await asyncio.to_thread(
+            lambda: {number: self._unread.read(number, *what) for number, what in wanted.items()}
+        )
         now = self._clock.now()
-        for each in records:
-            record = totals.decode(each.value)
-            if isinstance(record, Command) and each.offset < self._obeyed_below:
-                continue
-            self.delivery.read(each.offset, record, now)
-        if records:
-            self._next = records[-1].offset + 1
-            self._news.set()
+        for number, records in found.items():
+            partition = self.partitions[number]
+            for each in records:
+                record = totals.decode(each.value)
+                if not (isinstance(record, Command) and each.offset < partition.obeyed_below):
+                    partition.delivery.read(each.offset, record, now)
+            if records:
+                partition.next = records[-1].offset + 1
+                self._news.set()
+        if full:
+            await self._look_for_commands(full)
 
-    async def _look_for_commands(self) -> None:
+    async def _look_for_commands(self, full: dict[int, int]) -> None:
         """Where no total may be read, an operator's decision further on in the log may be what makes room."""
-        after = max(self._obeyed_below, self._next) - 1
-        records = await asyncio.to_thread(self._store.read, Log.TOTALS, after, READ_AT_ONCE)
-        for each in records:
-            if totals.is_command(each.value) and isinstance(record := totals.decode(each.value), Command):
-                self.delivery.obey(record, self._clock.now())
-        if records:
-            self._obeyed_below = records[-1].offset + 1
+        found = await asyncio.to_thread(
+            lambda: {number: self._ahead.read(number, offset, READ_AT_ONCE) for number, offset in full.items()}
+        )
+        for number, records in found.items():
+            partition = self.partitions[number]
+            for each in records:
+                if totals.is_command(each.value) and isinstance(record := totals.decode(each.value), Command):
+                    partition.delivery.obey(record, self._clock.now())
+            if records:
+                partition.obeyed_below = records[-1].offset + 1
+                self._news.set()
 
-    async def _commit(self) -> None:
-        began = self._clock.elapsed()
-        changes = self.delivery.commit(self._clock.now())
-        if changes is None:
+    # Commits
+
+    def _changes(self, partitions: Iterable[int]) -> dict[int, Changes]:
+        now = self._clock.now()
+        found = {number: self.partitions[number].delivery.commit(now) for number in partitions}
+        return {number: changes for number, changes in found.items() if changes is not None}
+
+    async def _finish(self, partitions: Collection[int]) -> dict[int, Changes]:
+        """Send nothing more of these, wait shortly for answers, and return what is left to be made durable."""
+        ending = [each.delivery for number in partitions if (each := self.partitions.get(number)) is not None]
+        for delivery in ending:
+            # What was marked and will not be sent now must not come back as possibly sent.
+            delivery.retire(self._clock.now())
+        sending = [task for task, delivery in self._sending.items() if delivery in ending]
+        if sending:
+            await asyncio.wait(sending, timeout=LAST_ANSWERS_S)
+        for task in sending:
+            task.cancel()
+        return self._changes(number for number in partitions if number in self.partitions)
+
+    async def _commit(self, changes: dict[int, Changes]) -> None:
+        if not changes:
             return
-        await asyncio.to_thread(self._store.commit, Stage.DELIVER, {PARTITION: changes})
-        self.delivery.committed()
+        began = self._clock.elapsed()
+        try:
+            await asyncio.to_thread(self._store.commit, Stage.DELIVER, changes)
+        except CommitFailed as failed:
+            again_s = self._note_failure(changes, failed)
+            self._drop(changes)
+            for number in self._owned.intersection(changes):
+                self.restoring.begin(number, after_s=again_s)
+            return
+        self._failures, self.failing_since = 0, None
+        for number in changes:
+            self.partitions[number].delivery.committed()
         self.last_commit = self._clock.now(), (self._clock.elapsed() - began) / 1000
         self._news.set()
 
-    async def _send(self, attempt: Attempt) -> None:
-        # The last look at the clock before the request: an identifier protects for a day and no longer.
-        if not self.delivery.may_send(attempt, self._clock.now()):
+    def _note_failure(self, partitions: Collection[int], failed: CommitFailed) -> float:
+        """Returns how many seconds to wait before the restore that tells what came of it."""
+        self._failures += 1
+        self.failed_commits[failed.how] += 1
+        if self.failing_since is None:
+            self.failing_since = self._clock.now()
+        again_s = backoff(self._failures)
+        log.warning(
+            "commit_failed",
+            stage=str(Stage.DELIVER),
+            how=failed.how,
+            reason=str(failed),
+            partitions=sorted(partitions),
+            again_s=again_s,
+        )
+        return again_s
+
+    # Sending
+
+    async def _send(self, delivery: Delivery, attempt: Attempt) -> None:
+        # The last look before the request: an identifier protects for a day and no longer, and others may own it now.
+        if not delivery.may_send(attempt, self._clock.now()):
             return
         began = self._clock.elapsed()
         heard = await self._stripe.send(attempt)
         now = self._clock.now()
-        self.delivery.answered(attempt, heard, now)
+        delivery.answered(attempt, heard, now)
         self._observe(attempt, heard, (self._clock.elapsed() - began) / 1000)
         log.debug("answered", identifier=attempt.identifier, key=attempt.key, heard=repr(heard))
         if isinstance(heard, Answer) and heard.status not in {200, 429} and heard.status < 500:
             log.warning("stripe_refused", identifier=attempt.identifier, status=heard.status, message=heard.message)
 
     def _sent(self, task: asyncio.Task[None]) -> None:
-        self._sending.discard(task)
+        self._sending.pop(task, None)
         if not task.cancelled() and (failure := task.exception()) is not None:
             self._failure = failure
         self._news.set()
 
     def _look_at_customers(self) -> None:
-        changed = self._customers.changed() if self._customers else None
+        changed = self._file.changed() if self._file else None
         if changed is not None:
-            self.delivery.remap(changed, self._clock.now())
+            self._customers = changed
+            for each in self.deliveries:
+                each.remap(changed, self._clock.now())

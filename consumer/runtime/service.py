@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -189,13 +189,13 @@ class _Service:
 
             self._reporter = Reporter(
                 ground.store,
-                ground.unread,
-                ground.ahead,
                 ground.memberships[Stage.DELIVER],
                 ground.delivery,
-                deliver,
-                self._stripe,
-                outlet,
+                unread=ground.unread,
+                ahead=ground.ahead,
+                deliver=deliver,
+                stripe=self._stripe,
+                outlet=outlet,
                 clock=self._clock,
                 customers=file.customers if file else Passthrough(),
                 file=file,
@@ -232,7 +232,7 @@ class _Service:
         reading = asyncio.create_task(intake_done.wait()) if self._intake else None
         delivering = asyncio.create_task(self._reporter.run(self._stop)) if self._reporter else None
         aside = [asyncio.create_task(self._say_started(port)), asyncio.create_task(self._expire(ground))]
-        running = [each for each in (reading, delivering) if each is not None]
+        running: list[asyncio.Task[Any]] = [each for each in (reading, delivering) if each is not None]
         try:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -246,7 +246,7 @@ class _Service:
             raise self._intake_failure
 
     async def _say_started(self, port: int) -> None:
-        while not self._settled:
+        while not self._settled:  # noqa: ASYNC110 - one of the stages settles in another thread
             await asyncio.sleep(LOOK_EVERY_S)
         log.info(
             "started",
@@ -306,8 +306,8 @@ class _Service:
             if self._intake.kafka_silent_since is not None:
                 reasons.append(f"Kafka has not answered since {start.shown(self._intake.kafka_silent_since)}")
         if self._reporter is not None:
-            if self._reporter.outlet.shut:
-                reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.outlet.shut}")
+            if self._reporter.outlet.gate.shut:
+                reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.outlet.gate.shut}")
             elif self._reporter.paused:
                 reasons.append(f"nothing is sent to Stripe: {self._reporter.paused}")
         return reasons

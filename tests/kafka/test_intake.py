@@ -16,8 +16,9 @@ from consumer.aggregate.aggregator import Aggregator, Record
 from consumer.aggregate.clock import Reading
 from consumer.aggregate.meters import Source as Identity
 from consumer.config import load
-from consumer.runtime import service
+from consumer.runtime import embedded, processors, service
 from consumer.runtime.intake import Intake, IntakeStopped, Partition
+from consumer.runtime.membership import Alone
 from consumer.sandbox.kafka import Kafka
 from consumer.storage import Log, Stage
 from consumer.storage.sqlite import SqliteStore
@@ -61,8 +62,8 @@ class Reader:
         self.source = service.kafka_source(self.config, service.group_of(self.config))
         self.described = self.source.describe()
         bill_from = self.config.bill_from or 0
-        service.begin(self.config, self.store, self.source, self.described, bill_from=bill_from, now=self.clock.now())
-        self.rules = service.rules_of(self.config, bill_from)
+        embedded.begin(self.config, self.store, self.source, self.described, bill_from=bill_from, now=self.clock.now())
+        self.rules = processors.rules_of(self.config, bill_from)
         self.intake: Intake
         self._consumer: Consumer
         self.start()
@@ -76,16 +77,21 @@ class Reader:
         self.intake = Intake(
             self.source,
             self.store,
+            Alone(self.topic.partitions),
+            self.restored,
             clock=self.clock,
             commit_every=int(self.config.commit_every),
             open_keys=self.config.limits.open_keys,
             witness=lambda: self.witness,
             committed=lambda: None,
         )
-        restored = {p: self.store.restore(Stage.AGGREGATE, p) for p in range(self.topic.partitions)}
-        self.intake.assign(
-            {p: Aggregator(self.rules, self.identity(p), r.offset, r.entries) for p, r in restored.items() if r}
-        )
+        self.intake._membership.join(self.intake)
+        self.turn(lambda: self.intake.settled, "all partitions are restored")
+
+    def restored(self, partition: int, _: object) -> Aggregator:
+        left = self.store.restore(Stage.AGGREGATE, partition)
+        assert left is not None
+        return Aggregator(self.rules, self.identity(partition), left.offset, left.entries)
 
     def crash(self) -> None:
         """Lose what was not committed, and start again."""

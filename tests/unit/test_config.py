@@ -185,7 +185,6 @@ WRONG: list[tuple[Mapping[str, Any], str, str]] = [
         "must have the value_key and customer_key of meters[0], which sends to calls too",
     ),
     # the other sections
-    ({"storage": {"kind": "kafka"}}, "storage.kind", "kafka is not in this version yet: use sqlite"),
     ({"storage": {"kind": "sqllite"}}, "storage.kind", 'must be sqlite or kafka, not "sqllite" (did you mean sqlite?)'),
     ({"storage": {"path": "x"}}, "storage.kind", "is required"),
     ({"storage": {"kind": "sqlite", "path": 5}}, "storage.path", "must be the name of a file"),

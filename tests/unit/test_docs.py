@@ -25,10 +25,12 @@ from consumer.deliver.pacing import Outlet
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.customers import Passthrough
 from consumer.runtime.intake import Intake
+from consumer.runtime.membership import Alone
 from consumer.runtime.metrics import Requests, State
 from consumer.runtime.reporter import Reporter
 from consumer.runtime.source import Source
 from consumer.runtime.stripe import Stripe
+from consumer.runtime.totals_log import SqliteTotals
 from consumer.storage.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[2]
@@ -169,15 +171,29 @@ def families(tmp_path: Path) -> list[_Family]:
             intake = Intake(
                 source,
                 store,
+                Alone(0),
+                lambda *_: pytest.fail("there is nothing to restore"),
                 clock=clock,
                 commit_every=5_000,
                 open_keys=1,
                 witness=lambda: None,
                 committed=lambda: None,
             )
-            delivery = Delivery(customers=Passthrough(), in_flight=1, parked_limit=1, outlet=Outlet(1))
+            outlet = Outlet(1)
             reporter = Reporter(
-                store, delivery, stripe, clock=clock, customers=None, hold=True, observe=requests.observe
+                store,
+                Alone(0),
+                lambda *_: pytest.fail("there is nothing to restore"),
+                unread=SqliteTotals(store),
+                ahead=SqliteTotals(store),
+                deliver=lambda customers: Delivery(customers=customers, in_flight=1, parked_limit=1, outlet=outlet),
+                stripe=stripe,
+                outlet=outlet,
+                clock=clock,
+                customers=Passthrough(),
+                file=None,
+                hold=True,
+                observe=requests.observe,
             )
             intake.run(lambda: True)
             registry.register(State(intake, reporter, clock))
