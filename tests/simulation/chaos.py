@@ -172,7 +172,7 @@ EVENTS: Final[tuple[tuple[str, float, Callable[[World], None]], ...]] = (
     ("", 4, change_mood),
     ("away", 2, go_away),
     ("refusals", 2, refuse),
-    ("locked out", 1, lock_out),
+    ("locked out", 4, lock_out),
     ("offsets expire", 3, expire_offsets),
     ("", 3, step_clock),
     ("days", 5, jump),

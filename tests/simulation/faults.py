@@ -23,7 +23,8 @@ from consumer.deliver.answers import Answer, Heard, Lost, Verdict
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.entries import Entry
 from consumer.deliver.lanes import Lanes
-from consumer.deliver.schedule import Live, Phase
+from consumer.deliver.pacing import Outlet
+from consumer.deliver.schedule import Live, Phase, Schedule
 from consumer.events import Event
 from consumer.storage import Changes, Restored, Stage
 from consumer.totals import Total
@@ -551,4 +552,60 @@ def _mark_forgotten() -> Iterator[None]:
         return packed
 
     with patch.object(delivery, "_pack", unmarked):
+        yield
+
+
+@fault(
+    "every partition has a gate of its own",
+    "Stripe takes the key no more, and each partition knocks for itself.",
+    within=300,
+)
+def _own_gates() -> Iterator[None]:
+    begin = Reporter.begin
+
+    def alone(self: Reporter, partition: int, restored: Restored | None) -> None:
+        shared, self.outlet = self.outlet, Outlet(1_000)
+        begin(self, partition, restored)
+        self.outlet = shared
+
+    with patch.object(Reporter, "begin", alone):
+        yield
+
+
+@fault(
+    "what was given out is written after the partition has gone",
+    "A request that lay in a queue is written while the new owner has long been at work on its total.",
+    within=10,
+)
+def _written_after_drop() -> Iterator[None]:
+    with patch.object(Delivery, "drop", lambda self: self._schedule.drop()):
+        yield
+
+
+@fault(
+    "the requests of a partition that has gone are waited for",
+    "Nobody hears their answers: nothing probes ever again, and all that is left stays.",
+    within=10,
+)
+def _waits_for_the_gone() -> Iterator[None]:
+    leave = Outlet.leave
+
+    def half(self: Outlet, sender: Schedule, sent: int) -> None:
+        leave(self, sender, 0 * sent)
+
+    with patch.object(Outlet, "leave", half):
+        yield
+
+
+@fault(
+    "a partition that has gone keeps its turn to probe",
+    "Whoever was to probe for all is not asked any more, and the others wait for it.",
+    within=20,
+)
+def _keeps_its_turn() -> Iterator[None]:
+    def half(self: Schedule) -> None:
+        self._outlet.sent -= self._sent
+        self._sent = 0
+
+    with patch.object(Schedule, "drop", half):
         yield

@@ -310,6 +310,7 @@ class Reporter(Shell):
         while (attempt := delivery.next(self.worker.now())) is not None:
             alone = not (delivery.shut and self.given_out)
             self.world.claim(alone, "%s is to probe while others are on their way", attempt.identifier)
+            self.world.met["a probe for several"] += bool(delivery.shut) and len(self.deliveries) > 1
             self.given_out.add(attempt.identifier)
             self.sending.append((delivery, attempt))
             if not self.world.calm:

@@ -49,6 +49,6 @@ def test_the_seeds_meet_everything() -> None:
     wanted = [
         *(f"a commit {fate}" for fate in ("fails", "is lost", "is late", "is unknown")),
         *("crash", "pause", "rebalance", "jump", "quiet clock", "transaction"),
-        *("Stripe away", "an answer is lost", "in doubt", "foreign"),
+        *("Stripe away", "an answer is lost", "in doubt", "foreign", "a probe for several"),
     ]
     assert {what: met[what] for what in wanted if met[what] < 10} == {}

@@ -139,7 +139,7 @@ class World:
         self.features = {each for each in FEATURES if random.random() < 0.45}
         self.honest = not self.features & {"wrong clocks", "a year's step"}
         self.source = [SourceLog() for _ in range(random.choice((1, 2, 3)))]
-        spread = random.choice((1, 2))
+        spread = random.choice((1, 2, 4))
         self.groups = {
             Stage.AGGREGATE: Group(len(self.source), random),
             Stage.DELIVER: Group(spread, random),
