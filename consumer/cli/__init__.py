@@ -306,9 +306,8 @@ def reset(
     Example: `tallyman reset --bill-from 2026-11-01T00:00:00Z`
     """
     given = read_config(config)
-    path = service.storage_path(given)
     with show.status("reading the state"):
-        old = resetting.look(given, path, CLOCK)
+        old = resetting.look(given, CLOCK)
     source = source_of(given, log_level=0)
     topic = source.describe()
     service.check_arrival(given, topic)
@@ -318,11 +317,11 @@ def reset(
     if not yes:
         typer.confirm(f"Start {given.pipeline} over, and bill events from {shown(bill_from)} on?", abort=True)
         # The service may have run while the question stood.
-        old = resetting.look(given, path, CLOCK)
+        old = resetting.look(given, CLOCK)
         resetting.judge(old, bill_from, CLOCK.now(), read_before=read_before, newest_unknown=newest_total_unknown)
-    archive = resetting.reset(given, path, source, topic, bill_from=bill_from, clock=CLOCK)
-    if archive is not None:
-        typer.echo(f"The state that there was is in {archive}.")
+    kept = resetting.reset(given, old, source, topic, bill_from=bill_from, clock=CLOCK)
+    if kept is not None:
+        typer.echo(kept)
     typer.echo(
         f"{given.pipeline} begins anew. Set bill_from: {shown(bill_from)} in {config}, then start with `tallyman run`."
     )

@@ -8,12 +8,14 @@ from typing import Annotated, Final
 
 import typer
 
-from consumer.config import Config, load
+from consumer.config import Config, SqliteStorage, load
 from consumer.config_values import Duration
 from consumer.events import parse_time
 from consumer.runtime import service
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source
+from consumer.storage import Archive
+from consumer.storage.kafka_archive import KafkaArchive
 from consumer.storage.sqlite import SqliteStore
 
 CLOCK: Final = SystemClock()
@@ -77,10 +79,15 @@ def source_of(config: Config, log_level: int) -> Source:
 
 
 @contextmanager
-def opened_store(config: Config) -> Iterator[SqliteStore]:
+def opened_store(config: Config) -> Iterator[Archive]:
     """The store as commands use it: beside a service that may be running, and never created."""
-    with SqliteStore.open(service.storage_path(config), now=CLOCK.now, create=False, lock=False) as store:
-        yield store
+    if isinstance(config.storage, SqliteStorage):
+        with SqliteStore.open(config.storage.path, now=CLOCK.now, create=False, lock=False) as store:
+            yield store
+    else:
+        client = {"log_level": "0"} | config.kafka_client()
+        with KafkaArchive.open(client, config.pipeline, now=CLOCK.now) as archive:
+            yield archive
 
 
 def check_limit(limit: int, *, as_json: bool) -> None:

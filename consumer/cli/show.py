@@ -18,7 +18,7 @@ from consumer.deliver.entries import Entry, Reason
 from consumer.runtime.audit import MAY_BE_THERE, Line, Standing, is_doubtful
 from consumer.runtime.check import Finding
 from consumer.runtime.redrive import Letter, Redriven
-from consumer.runtime.reset import GivenUp, Old
+from consumer.runtime.reset import GivenUp, Lost, Old
 from consumer.runtime.start import shown
 from consumer.totals import plain
 
@@ -314,10 +314,10 @@ def _some(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:20])) + (", …" if len(numbers) > 20 else "")
 
 
-def given_up(old: Old | str) -> None:
+def given_up(old: Old | Lost) -> None:
     """What a reset loses."""
-    if isinstance(old, str):
-        typer.echo(f"{old}: what it held cannot be shown.")
+    if isinstance(old, Lost):
+        typer.echo(f"{old.why}: what it held cannot be shown.")
         return
     newest = "none yet" if old.newest is None else f"up to {shown(old.newest)}"
     typer.echo(f"State since {shown(old.facts.bill_from)}, totals {newest}.")

@@ -3,19 +3,22 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from consumer import totals
 from consumer.aggregate.aggregator import Aggregator, UnbalancedError, UnknownEntryError
 from consumer.aggregate.meters import WINDOW_MS
-from consumer.aggregate.meters import Source as Identity
-from consumer.config import Config
+from consumer.config import Config, SqliteStorage
 from consumer.deliver.entries import EntryError, State, unpack
 from consumer.deliver.ledger import PREFIX, Column
 from consumer.runtime import embedded, processors, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.source import Source, Topic
-from consumer.storage import Facts, Log, Stage, StorageError
+from consumer.storage import Archive, Facts, Log, Stage, StorageError, Unreachable
+from consumer.storage.kafka_archive import KafkaArchive
+from consumer.storage.kafka_reading import ends_of
+from consumer.storage.kafka_reset import Standing, end_leftovers, standing, start_over, vacant
+from consumer.storage.kafka_topics import Topics, ensure, level, present
 from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import locked
 from consumer.totals import Total, scaled
@@ -47,22 +50,72 @@ class Old:
     newest: int | None
     """The end of the newest window that has a total, in milliseconds; None where there is none."""
     meters: dict[str, GivenUp]
+    standing: Standing | None = None
+    """In Kafka: nothing else is given up."""
 
 
-def look(config: Config, path: Path, clock: Clock) -> Old | str:
-    """What the file holds; where it is gone or cannot be read, why. Raises ``StorageError`` where a service uses it."""
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A state that is not there, or cannot be read."""
+
+    why: str
+    traces: bool = False
+    """Whether something else shows that there was one."""
+    standing: Standing | None = None
+
+
+_Damages: Final = (UnbalancedError, UnknownEntryError, EntryError, StorageError)
+
+
+def look(config: Config, clock: Clock) -> Old | Lost:
+    """What the state holds. Raises ``StorageError`` where a service uses it."""
+    if isinstance(config.storage, SqliteStorage):
+        return _look_at_file(config, config.storage.path, clock)
+    return _look_at_topics(config, clock)
+
+
+def _look_at_file(config: Config, path: Path, clock: Clock) -> Old | Lost:
     if not path.exists():
-        return f"{path} is not there"
+        return Lost(f"{path} is not there")
     with locked(path):
         try:
             with SqliteStore.open(path, now=clock.now, create=False, lock=False) as store:
                 facts = store.facts()
-                return _old(config, store, facts) if facts else f"{path} holds no state"
-        except (UnbalancedError, UnknownEntryError, EntryError, StorageError) as damage:
-            return f"{path} cannot be read ({damage})"
+                return _old(config, store, facts) if facts else Lost(f"{path} holds no state")
+        except _Damages as damage:
+            return Lost(f"{path} cannot be read ({damage})")
 
 
-def _old(config: Config, store: SqliteStore, facts: Facts) -> Old:
+def _look_at_topics(config: Config, clock: Clock) -> Old | Lost:
+    client, topics = _client(config), Topics.of(config.pipeline)
+    vacant(client, topics)
+    end_leftovers(client, topics)
+    found = present(client, topics)
+    here = standing(client, topics, found)
+    logs = [topic for topic in (topics.totals, topics.outcomes, topics.dead_letters) if topic in found]
+    traces = any(any(ends_of(client, topic, range(found[topic])).values()) for topic in logs)
+    traces = traces or any(here.positions.values())
+    if missing := [topic for topic in topics.all if topic not in found]:
+        return Lost(f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not there", traces, here)
+    try:
+        with KafkaArchive.open(client, config.pipeline, now=clock.now) as archive:
+            facts = archive.facts()
+            if facts is None:
+                return Lost(f"{topics.aggregate_state} holds no state", traces, here)
+            return _old(config, archive, facts, here)
+    except Unreachable:
+        raise
+    except _Damages as damage:
+        return Lost(
+            f"the state in {topics.aggregate_state} and {topics.deliver_state} cannot be read ({damage})", traces, here
+        )
+
+
+def _client(config: Config) -> dict[str, Any]:
+    return {"log_level": "0"} | config.kafka_client()
+
+
+def _old(config: Config, store: Archive, facts: Facts, here: Standing | None = None) -> Old:
     meters: dict[str, GivenUp] = {}
     clock = 0
     for aggregator in _aggregators(config, store, facts):
@@ -73,43 +126,51 @@ def _old(config: Config, store: SqliteStore, facts: Facts) -> Old:
                 column = meters.setdefault(name, GivenUp()).open
                 column.events += events
                 column.value += value
-    restored = store.restore(Stage.DELIVER, 0)
-    for key, packed in restored.entries if restored else ():
-        if not key.startswith(PREFIX):
-            entry = unpack(packed)
-            of = meters.setdefault(entry.total.meter, GivenUp())
-            column = of.parked if entry.state is State.PARKED else of.pending
-            column.add(entry.total.events, scaled(entry.total.value))
-    newest = _expired(store, clock)
+    unread = _unfinished(store, meters)
+    newest: int | None = None
+    kept_from: dict[int, int] = {}
     for each in store.logged(Log.TOTALS):
+        kept_from.setdefault(each.partition, each.appended_at)
         total = totals.decode(each.value)
         if isinstance(total, Total):
-            end = total.window_start * 1000 + WINDOW_MS[total.window]
-            newest = end if newest is None else max(newest, end)
-            if restored is None or each.offset >= restored.offset:
+            newest = max(newest or 0, total.window_start * 1000 + WINDOW_MS[total.window])
+            if each.offset >= unread[each.partition]:
                 meters.setdefault(total.meter, GivenUp()).pending.add(total.events, scaled(total.value))
-    return Old(facts, newest, meters)
+    for partition in store.shortened(Log.TOTALS):
+        # No window of a total that is not kept any more ended after this.
+        newest = max(newest or 0, min(kept_from.get(partition, clock), clock))
+    return Old(facts, newest, meters, here)
 
 
-def _aggregators(config: Config, store: SqliteStore, facts: Facts) -> Iterator[Aggregator]:
+def _unfinished(store: Archive, meters: dict[str, GivenUp]) -> dict[int, int]:
+    """Count what stage 2 has in hand; returns from where on each partition of the totals log is unread."""
+    unread: dict[int, int] = {}
+    for partition, end in store.ends(Log.TOTALS).items():
+        restored = store.restore(Stage.DELIVER, partition)
+        unread[partition] = restored.offset if restored else 0
+        if unread[partition] > end:
+            raise StorageError(
+                f"totals were lost: partition {partition} was read up to {unread[partition]}, and ends at {end}"
+            )
+        for key, packed in restored.entries if restored else ():
+            if not key.startswith(PREFIX):
+                entry = unpack(packed)
+                of = meters.setdefault(entry.total.meter, GivenUp())
+                column = of.parked if entry.state is State.PARKED else of.pending
+                column.add(entry.total.events, scaled(entry.total.value))
+    return unread
+
+
+def _aggregators(config: Config, store: Archive, facts: Facts) -> Iterator[Aggregator]:
     """Stage 1 as it was left, one partition after the other."""
-    rules = processors.rules_of(config, facts.bill_from)
     for partition in range(facts.partitions):
         restored = store.restore(Stage.AGGREGATE, partition)
-        if restored is not None:
-            identity = Identity(facts.cluster_id, facts.topic_id, facts.pipeline, partition)
-            yield Aggregator(rules, identity, restored.offset, restored.entries)
+        if restored is None:
+            raise StorageError(f"there is no state of partition {partition}")
+        yield processors.restored(config, facts, partition, restored)
 
 
-def _expired(store: SqliteStore, clock: int) -> int | None:
-    """No window of a total that is not kept any more ended after this; None where all are kept."""
-    first = store.read(Log.TOTALS, 0, 1)
-    if first:
-        return None if first[0].offset == 1 else min(first[0].appended_at, clock)
-    return clock if store.end(Log.TOTALS) > 1 else None
-
-
-def judge(old: Old | str, bill_from: int, now: int, *, read_before: bool, newest_unknown: bool) -> None:
+def judge(old: Old | Lost, bill_from: int, now: int, *, read_before: bool, newest_unknown: bool) -> None:
     """Raise ``ResetRefused`` where billing from this time on could bill twice, or Stripe would refuse it.
 
     ``read_before``: whether the consumer group has committed offsets.
@@ -120,17 +181,17 @@ def judge(old: Old | str, bill_from: int, now: int, *, read_before: bool, newest
             f"--bill-from {start.shown(bill_from)} is more than {start.LONGEST_BACK.days} days back: Stripe refuses "
             f"older usage. The earliest time possible is {start.shown(oldest)}."
         )
-    if isinstance(old, str):
-        if not read_before:
+    if isinstance(old, Lost):
+        if not (read_before or old.traces):
             raise ResetRefused(
-                f"{old}, and this pipeline has not run before: there is nothing to start over. Set bill_from: "
+                f"{old.why}, and this pipeline has not run before: there is nothing to start over. Set bill_from: "
                 f"{start.shown(bill_from)} in the configuration and start with `tallyman run`."
             )
         if not newest_unknown:
             raise ResetRefused(
-                f"{old}, so nobody knows here up to when usage has been billed. Look at Stripe for the newest meter "
-                f"event of this pipeline, choose --bill-from after the end of its window, and add {UNKNOWN}: whatever "
-                "was billed after that time would be billed twice."
+                f"{old.why}, so nobody knows here up to when usage has been billed. Look at Stripe for the newest "
+                f"meter event of this pipeline, choose --bill-from after the end of its window, and add {UNKNOWN}: "
+                "whatever was billed after that time would be billed twice."
             )
         return
     if old.newest is not None and bill_from < old.newest:
@@ -146,11 +207,19 @@ def judge(old: Old | str, bill_from: int, now: int, *, read_before: bool, newest
         )
 
 
-def reset(config: Config, path: Path, source: Source, topic: Topic, *, bill_from: int, clock: Clock) -> Path | None:
-    """Archive the file, if there is one, and begin anew; returns where it is now.
+def reset(config: Config, old: Old | Lost, source: Source, topic: Topic, *, bill_from: int, clock: Clock) -> str | None:
+    """Begin anew; returns where what there was is now, if there was something.
 
-    Where that fails the file is put back, and what failed is raised: the errors of the store and of the source.
+    Where that fails everything is as it was, and what failed is raised: the errors of the store and of the source.
     """
+    if isinstance(config.storage, SqliteStorage):
+        return _reset_file(config, config.storage.path, source, topic, bill_from=bill_from, clock=clock)
+    return _reset_topics(config, old.standing, source, topic, bill_from=bill_from, clock=clock)
+
+
+def _reset_file(
+    config: Config, path: Path, source: Source, topic: Topic, *, bill_from: int, clock: Clock
+) -> str | None:
     archive = SqliteStore.reset(path, now=clock.now) if path.exists() else None
     try:
         with SqliteStore.open(path, now=clock.now, create=True, lock=True) as store:
@@ -160,4 +229,18 @@ def reset(config: Config, path: Path, source: Source, topic: Topic, *, bill_from
             with locked(path):
                 archive.replace(path)
         raise
-    return archive
+    return f"The state that there was is in {archive}." if archive else None
+
+
+def _reset_topics(
+    config: Config, seen: Standing | None, source: Source, topic: Topic, *, bill_from: int, clock: Clock
+) -> str | None:
+    client, topics = _client(config), Topics.of(config.pipeline)
+    offsets = source.starts(range(topic.partitions), bill_from - processors.READ_BEFORE_MS)
+    facts = Facts(
+        config.pipeline, topic.cluster_id, topic.name, topic.topic_id, bill_from, topic.partitions, clock.now()
+    )
+    level(client, topics)
+    ensure(client, topics, partitions=topic.partitions, keep_ms=int(config.limits.keep))
+    start_over(client, facts, processors.first_commits(config, topic, bill_from, offsets), seen or Standing({}))
+    return f"What there was before stays in {topics.totals}, {topics.outcomes} and {topics.dead_letters}."

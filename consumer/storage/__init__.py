@@ -130,6 +130,9 @@ class Archive(Protocol):
         """How far the log is settled, for each partition: the commits that wrote what lies below are made, or never
         will be. Not above ``ends``, and below it while a commit is being made."""
 
+    def shortened(self, log: Log) -> set[int]:
+        """The partitions whose first records are not kept any more."""
+
     def logged(
         self, log: Log, starts: Mapping[int, int] | None = None, ends: Mapping[int, int] | None = None
     ) -> Iterator[Logged]:

@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from threading import Lock
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 from confluent_kafka import TopicPartition
 
 from consumer.storage import Append, Changes, Facts, Log, Progress, Refused, Restored, Stage, StorageError, Unreachable
-from consumer.storage.kafka_reading import committed, ends_of, log_sizes, witnessed
+from consumer.storage.kafka_reading import Replay, committed, ends_of, log_sizes, witnessed
 from consumer.storage.kafka_records import (
     POSITION_KEY,
     Position,
     cloud_event,
-    decode_position,
     encode_position,
     is_member,
     partition_of,
@@ -79,20 +78,10 @@ class KafkaStore:
         seen = witnessed(self._client, self.topics, stage, self._facts.topic, [partition]).get(partition)
         end = ends_of(self._client, topic, [partition])[partition]
         began = monotonic()
-        entries: dict[bytes, bytes] = {}
-        position: Position | None = None
-        pending: dict[bytes, bytes | None] = {}
+        replay = Replay(f"{topic}, partition {partition}")
         read = 0
         for records in committed(self._client, topic, {partition: 0}, {partition: end}):
-            for record in records:
-                key = record.key()
-                if key != POSITION_KEY:
-                    pending[key] = record.value()
-                    continue
-                position = _follows(position, decode_position(record.value() or b""), f"{topic}, partition {partition}")
-                # With the last record of its commit, so that a reader who does not own it sees whole commits too.
-                _apply(pending, entries)
-                pending.clear()
+            replay.read(records)
             if monotonic() - began > TOMBSTONES_KEPT_S:
                 raise Unreachable(
                     f"restoring partition {partition} of {topic} has taken more than {TOMBSTONES_KEPT_S} s: what was "
@@ -103,10 +92,12 @@ class KafkaStore:
                 read = records[-1].offset() + 1
             if progress is not None:
                 progress(read, end)
-        self._check(stage, partition, position, seen, damaged=bool(pending and position is None))
+        replay.check()
+        position = replay.position
+        self._check(stage, partition, position, seen)
         with self._lock:
             self._sequences[stage, partition] = position.sequence if position else 0
-        return Restored(position.offset, _emptied(entries)) if position else None
+        return Restored(position.offset, _emptied(replay.entries)) if position else None
 
     def commit(self, stage: Stage, changes: Mapping[int, Changes]) -> None:
         """Make the changes of these partitions' processors durable, all or none, if they are ours.
@@ -149,14 +140,10 @@ class KafkaStore:
             yield Record(topic, partition, POSITION_KEY, encode_position(position))
             yield from _appended(self.topics, self._logs, changed.appends)
 
-    def _check(
-        self, stage: Stage, partition: int, position: Position | None, seen: int | None, *, damaged: bool
-    ) -> None:
+    def _check(self, stage: Stage, partition: int, position: Position | None, seen: int | None) -> None:
         place = f"partition {partition} of {self.topics.state(stage)}"
         anew = "Bring the topic back from a backup; `tallyman reset --bill-from T` starts over with events from T on."
         read = -1 if position is None else position.offset
-        if damaged:
-            raise StorageError(f"{place} has entries but does not say how far it has read: it is damaged. {anew}")
         if seen is not None and seen > read:
             raise StorageError(
                 f"{place} has {f'read up to {read}' if position else 'no state'}, but the group "
@@ -192,25 +179,6 @@ def _appended(topics: Topics, logs: Mapping[Log, int], appends: Iterable[Append]
     for log, key, value in appends:
         headers = cloud_event(topics.pipeline, log, value)
         yield Record(topics.log(log), partition_of(key, logs[log]), key, value, headers)
-
-
-def _apply(changed: dict[bytes, bytes | None], entries: dict[bytes, bytes]) -> None:
-    deleted = [key for key, value in changed.items() if value is None]
-    for key in deleted:
-        del changed[key]
-        entries.pop(key, None)
-    entries.update(cast("dict[bytes, bytes]", changed))
-
-
-def _follows(before: Position | None, now: Position, place: str) -> Position:
-    """The next position of a partition; two processes that wrote one state cannot both have counted on from it."""
-    if before is not None and now.sequence <= before.sequence:
-        raise StorageError(
-            f"{place}: commit {now.sequence} (up to offset {now.offset}) comes after commit {before.sequence} (up to "
-            f"{before.offset}): two processes have written it, and neither is right. Bring the topic back from a "
-            "backup; `tallyman reset --bill-from T` starts over with events from T on."
-        )
-    return now
 
 
 def _identity(facts: Facts) -> str:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from time import monotonic
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
-from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from consumer.storage import Log, Stage, StorageError, Unreachable
+from consumer.storage import Facts, Log, Logged, Stage, StorageError, Unreachable
 from consumer.storage.kafka_client import PASSING, REQUEST_S, asked, reader
+from consumer.storage.kafka_records import POSITION_KEY, Position, decode_position, mark_in
 from consumer.storage.kafka_topics import Topics, partitions_of
 
 PATIENCE_S: Final = 60.0
@@ -29,24 +31,101 @@ class Read(Protocol):
     def error(self) -> KafkaError | None: ...
 
 
-class Logged(NamedTuple):
-    """A record of a log."""
+class Replay:
+    """What the records of one partition of the state add up to.
 
-    partition: int
-    offset: int
-    key: bytes
-    appended_at: int
-    """Milliseconds since the epoch, by the broker's clock."""
-    value: bytes
+    An entry counts once the position of its commit is read: so a reader who does not own the partition sees whole
+    commits too.
+    """
+
+    def __init__(self, place: str) -> None:
+        """``place`` is the partition, as errors name it."""
+        self.position: Position | None = None
+        self.entries: dict[bytes, bytes] = {}
+        self._place = place
+        self._pending: dict[bytes, bytes | None] = {}
+        self._wrong: str | None = None
+
+    def read(self, records: Iterable[Read]) -> None:
+        """Take the next records."""
+        pending = self._pending
+        for record in records:
+            key = record.key()
+            if key != POSITION_KEY:
+                pending[key] = record.value()
+                continue
+            self._move(record.value())
+            deleted = [key for key, value in pending.items() if value is None]
+            for key in deleted:
+                del pending[key]
+                self.entries.pop(key, None)
+            self.entries.update(cast("dict[bytes, bytes]", pending))
+            pending.clear()
+
+    def check(self) -> None:
+        """Raise ``StorageError`` where what was read is nobody's state."""
+        anew = "Bring the topic back from a backup; `tallyman reset --bill-from T` starts over with events from T on."
+        if self._wrong is not None:
+            raise StorageError(f"{self._place}: {self._wrong} {anew}")
+        if self.position is None and any(value is not None for value in self._pending.values()):
+            raise StorageError(f"{self._place} has entries but does not say how far it has read: it is damaged. {anew}")
+
+    def _move(self, value: bytes | None) -> None:
+        before, now = self.position, None if value is None else decode_position(value)
+        if before is None or now is None or _life(now.facts) != _life(before.facts):
+            # The state begins anew here: by a reset, or because the source has this partition again.
+            self.entries.clear()
+            self._wrong = None
+        elif now.sequence <= before.sequence:
+            # Two processes that wrote one state cannot both have counted on from it.
+            self._wrong = self._wrong or (
+                f"commit {now.sequence} (up to offset {now.offset}) comes after commit {before.sequence} (up to "
+                f"{before.offset}): two processes have written it, and neither is right."
+            )
+        self.position = now
 
 
-def logged(client: Mapping[str, Any], topics: Topics, log: Log) -> Iterator[Logged]:
-    """All that a log holds at this moment; the records of one partition in their order."""
+def _life(facts: Facts) -> Facts:
+    return replace(facts, partitions=0)
+
+
+def logged(
+    client: Mapping[str, Any],
+    topics: Topics,
+    log: Log,
+    starts: Mapping[int, int] | None = None,
+    ends: Mapping[int, int] | None = None,
+) -> Iterator[Logged]:
+    """The records of a log from some offsets on and below others, a few at a time; those of one partition in order.
+
+    Without ``starts`` from the beginning, without ``ends`` to where the log ends now. Marks of redriven letters are no
+    records of their own: they are in the letters. Memory grows with the number of these marks.
+    """
     topic = topics.log(log)
-    ends = ends_of(client, topic, range(log_sizes(client, topics)[log]))
-    for records in committed(client, topic, dict.fromkeys(ends, 0), ends):
+    now = ends_of(client, topic, range(log_sizes(client, topics)[log]))
+    ends = now if ends is None else ends
+    starts = {partition: (starts or {}).get(partition, 0) for partition in ends}
+    redriven = _redriven(client, topic, starts, now) if log is Log.DEAD_LETTERS else {}
+    for records in committed(client, topic, starts, ends):
         for each in records:
-            yield Logged(each.partition(), each.offset(), each.key(), each.timestamp()[1], each.value() or b"")
+            partition, offset, value = each.partition(), each.offset(), each.value() or b""
+            if log is Log.DEAD_LETTERS and mark_in(value):
+                continue
+            at = redriven.get((partition, offset))
+            yield Logged(partition, offset, each.key(), each.timestamp()[1], value, at)
+
+
+def _redriven(
+    client: Mapping[str, Any], topic: str, starts: Mapping[int, int], ends: Mapping[int, int]
+) -> dict[tuple[int, int], int]:
+    """When letters were produced again, by partition and offset. A mark lies behind its letters."""
+    return {
+        (mark.partition, offset): mark.at
+        for records in committed(client, topic, starts, ends)
+        for each in records
+        if (mark := mark_in(each.value() or b""))
+        for offset in mark.offsets
+    }
 
 
 def log_sizes(client: Mapping[str, Any], topics: Topics) -> dict[Log, int]:
@@ -75,6 +154,22 @@ def witnessed(
     return {each.partition: each.offset for each in found if each.offset >= 0}
 
 
+def members_of(client: Mapping[str, Any], group: str) -> list[str]:
+    """The hosts of the group's members; a process that has died is one until its session has timed out."""
+    admin = AdminClient(dict(client))
+
+    def ask(within: float) -> list[str]:
+        try:
+            described = admin.describe_consumer_groups([group], request_timeout=within)[group].result()
+        except KafkaException as failed:
+            if failed.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
+                raise
+            return []
+        return sorted(member.host.lstrip("/") for member in described.members)
+
+    return asked(ask, f"the members of the group {group}", within=REQUEST_S, refresh=admin)
+
+
 def partition_count(client: Mapping[str, Any], topic: str) -> int:
     found = partitions_of(AdminClient(dict(client)), [topic])
     if topic not in found:
@@ -82,20 +177,37 @@ def partition_count(client: Mapping[str, Any], topic: str) -> int:
     return found[topic]
 
 
-def ends_of(client: Mapping[str, Any], topic: str, partitions: Iterable[int]) -> dict[int, int]:
-    """Where the partitions end, records of open transactions included: a reader of committed ones is not told."""
-    with closing(reader(client, topic, committed=False)) as consumer:
+def ends_of(
+    client: Mapping[str, Any], topic: str, partitions: Iterable[int], *, settled: bool = False
+) -> dict[int, int]:
+    """Where the partitions end, records of open transactions included: a reader of committed ones is not told.
 
-        def end(partition: int) -> int:
+    ``settled``: where the first transaction that is still open begins.
+    """
+    found = _bounds(client, topic, partitions, committed=settled)
+    return {partition: end for partition, (_, end) in found.items()}
+
+
+def shortened(client: Mapping[str, Any], topic: str, partitions: Iterable[int]) -> set[int]:
+    """The partitions whose first records are not kept any more."""
+    found = _bounds(client, topic, partitions, committed=False)
+    return {partition for partition, (beginning, _) in found.items() if beginning}
+
+
+def _bounds(
+    client: Mapping[str, Any], topic: str, partitions: Iterable[int], *, committed: bool
+) -> dict[int, tuple[int, int]]:
+    with closing(reader(client, topic, committed=committed)) as consumer:
+
+        def bounds(partition: int) -> tuple[int, int]:
             place = TopicPartition(topic, partition)
-            _, high = asked(
+            return asked(
                 lambda within: consumer.get_watermark_offsets(place, timeout=min(within, REQUEST_S)),
                 f"the end of {topic}, partition {partition}",
                 within=PATIENCE_S,
             )
-            return high
 
-        return {partition: end(partition) for partition in partitions}
+        return {partition: bounds(partition) for partition in partitions}
 
 
 def committed(

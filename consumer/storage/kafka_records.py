@@ -65,6 +65,33 @@ def is_member(metadata: bytes) -> bool:
     return magic == _METADATA_MAGIC and generation >= 0 and bool(member) and bool(member[0])
 
 
+MARK_KEY: Final = b"redriven"
+_MARK: Final = b'{"kind":"redriven",'
+
+
+class Mark(msgspec.Struct, frozen=True, tag_field="kind", tag="redriven"):
+    """Dead letters that were produced again. It lies in their log, behind them in their partition, and no reader of
+    letters takes it for one."""
+
+    partition: int
+    offsets: list[int]
+    at: int
+    """Milliseconds since the epoch, by the operator's clock."""
+
+
+_marks = msgspec.json.Decoder(Mark)
+
+
+def encode_mark(mark: Mark) -> bytes:
+    """A record of the log of dead letters."""
+    return _encoder.encode(mark)
+
+
+def mark_in(value: bytes) -> Mark | None:
+    """The mark that a record of the log of dead letters is, told without decoding what is none."""
+    return _marks.decode(value) if value.startswith(_MARK) else None
+
+
 class _Seen(msgspec.Struct):
     """What tells one record of a log from another."""
 
@@ -75,6 +102,7 @@ class _Seen(msgspec.Struct):
     at: int = 0
     partition: int = 0
     offset: int = 0
+    offsets: list[int] = []
     clock: int = 0
 
 
@@ -103,6 +131,8 @@ def cloud_event(pipeline: str, log: Log, value: bytes) -> Headers:
 def _named(log: Log, seen: _Seen) -> tuple[str, str]:
     if log is Log.OUTCOMES:
         return "outcome", f"{seen.identifier}:{seen.how}"
+    if seen.kind == "redriven":
+        return "redriven", f"{seen.partition}-{seen.offsets[0]}:{seen.at}"
     if log is Log.DEAD_LETTERS:
         return "dead_letter", f"{seen.partition}-{seen.offset}"
     if seen.kind == "command":

@@ -13,7 +13,7 @@ from consumer.storage.kafka_client import AGAIN_S, reader
 from consumer.storage.kafka_reading import PATIENCE_S, committed, ends_of, log_sizes, partition_count, witnessed
 from consumer.storage.kafka_records import POSITION_KEY, Position, decode_position, encode_position
 from consumer.storage.kafka_topics import Topics
-from consumer.storage.kafka_transactions import COMMIT_S, Offsets, Record, Transactions
+from consumer.storage.kafka_transactions import ABORT_S, COMMIT_S, Offsets, Record, Transactions
 
 TAIL: Final = 64
 """Records from the end of a state partition on in which its position is looked for at first."""
@@ -26,23 +26,24 @@ def recorded(client: Mapping[str, Any], topics: Topics) -> Facts | None:
 
 
 def positions(client: Mapping[str, Any], topics: Topics, stage: Stage) -> dict[int, Position]:
-    """How far the stage's processors have read, by partition, as far as they ever have committed.
+    """How far the stage's processors have read, by partition, as far as they have committed since the last reset.
 
     Reads only the ends of the state's partitions: the position is the last record of each commit.
     """
     topic = topics.state(stage)
     ends = ends_of(client, topic, range(partition_count(client, topic)))
-    found: dict[int, Position] = {}
+    found: dict[int, Position | None] = {}
     unread, tail = {partition: end for partition, end in ends.items() if end}, TAIL
     while unread:
         starts = {partition: max(0, end - tail) for partition, end in unread.items()}
         for records in committed(client, topic, starts, unread):
             for record in records:
                 if record.key() == POSITION_KEY:
-                    found[record.partition()] = decode_position(record.value() or b"")
+                    value = record.value()
+                    found[record.partition()] = None if value is None else decode_position(value)
         unread = {p: end for p, end in unread.items() if p not in found and starts[p]}
         tail *= 16
-    return found
+    return {partition: position for partition, position in found.items() if position is not None}
 
 
 def begin(
@@ -78,10 +79,10 @@ def begin(
                     raise
         return begun
 
-    def first() -> tuple[list[Record], Offsets]:
-        return _first(client, topics, facts, changes, with_stage_2=True)
+    def write(transactions: Transactions) -> None:
+        transactions.run(*_first(client, topics, facts, changes, with_stage_2=True))
 
-    return _alone(client, topics.pipeline, judge, first, patience=patience) or facts
+    return alone(client, topics.pipeline, judge, write, patience=patience) or facts
 
 
 def grow(
@@ -103,32 +104,33 @@ def grow(
             raise ValueError(f"partitions {begun.partitions} to {facts.partitions - 1} are new, not {[*changes]}")
         return None
 
-    def first() -> tuple[list[Record], Offsets]:
-        return _first(client, topics, facts, changes, with_stage_2=False)
+    def write(transactions: Transactions) -> None:
+        transactions.run(*_first(client, topics, facts, changes, with_stage_2=False))
 
-    return _alone(client, topics.pipeline, judge, first, patience=patience) or facts
+    return alone(client, topics.pipeline, judge, write, patience=patience) or facts
 
 
-def _alone(
+def alone(
     client: Mapping[str, Any],
     pipeline: str,
     judge: Callable[[], Facts | None],
-    first: Callable[[], tuple[list[Record], Offsets]],
+    write: Callable[[Transactions], None],
     *,
     patience: float,
+    aborted_after: int | None = None,
 ) -> Facts | None:
     """Judge and write as one step: a new producer of that name ends what others have started and not committed.
 
-    Returns what the judgement found to stand in the way, or None where it was written.
+    ``write`` makes one transaction. Returns what the judgement found to stand in the way, or None where it was written.
     """
     deadline = monotonic() + patience
-    with closing(Transactions(client, f"tallyman-{pipeline}-begin", within=COMMIT_S)) as transactions:
+    with closing(transactions_of(client, pipeline, aborted_after)) as transactions:
         while True:
             transactions.renew()
             if (begun := judge()) is not None:
                 return begun
             try:
-                transactions.run(*first())
+                write(transactions)
             except (Abandoned, OutcomeUnknown) as failed:
                 if monotonic() > deadline:
                     raise Unreachable(f"the pipeline {pipeline} could not begin: {failed}") from None
@@ -140,6 +142,12 @@ def _alone(
                 if (begun := judge()) is not None:
                     return begun
                 sleep(AGAIN_S)
+
+
+def transactions_of(client: Mapping[str, Any], pipeline: str, aborted_after: int | None = None) -> Transactions:
+    """Those of whoever begins the pipeline, or begins it anew."""
+    within = COMMIT_S if aborted_after is None else aborted_after - ABORT_S
+    return Transactions(client, f"tallyman-{pipeline}-begin", within=within, aborted_after=aborted_after)
 
 
 def _first(

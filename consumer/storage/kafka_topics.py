@@ -128,34 +128,70 @@ def ensure(client: Mapping[str, Any], topics: Topics, *, partitions: int, keep_m
         Unreachable: Kafka does not answer.
     """
     admin = AdminClient(dict(client))
-    servers = str(client["bootstrap.servers"])
-    settings = {topic: _log_settings(keep_ms) for topic in (topics.totals, topics.outcomes, topics.dead_letters)}
-    settings |= {topics.aggregate_state: _STATE, topics.deliver_state: _STATE}
+    settings = _settings(topics, keep_ms)
     found = partitions_of(admin, topics.all)
     missing = [topic for topic in topics.all if topic not in found]
+    # Stage 2's state lies beside the totals that it is about.
+    beside = {topics.deliver_state: topics.totals, topics.totals: topics.deliver_state}
     for topic in missing:
-        # Stage 2's state lies beside the totals that it is about.
-        count = found.get(topics.totals, partitions) if topic == topics.deliver_state else partitions
-        _create(admin, topic, count, settings[topic])
+        _create(admin, topic, found.get(beside.get(topic, ""), partitions), settings[topic])
     if found.get(topics.aggregate_state, partitions) < partitions:
         _grow(admin, topics.aggregate_state, partitions)
-    if missing or found.get(topics.aggregate_state) != partitions:
-        found = _ready(admin, topics, partitions)
-    wrong = [
-        *_wrong_partitions(topics, found, partitions),
-        *(each for topic in topics.all for each in _wrong_settings(admin, servers, topic, settings[topic])),
-    ]
+    if missing or found[topics.aggregate_state] < partitions:
+        found = _until_usable(admin, dict.fromkeys(topics.all, 1) | {topics.aggregate_state: partitions})
+    wrong = faults(client, topics, found, keep_ms=keep_ms)
     if wrong:
         raise StorageError("the topics of the pipeline are not as they have to be:\n" + "\n".join(wrong))
 
 
+def present(client: Mapping[str, Any], topics: Topics) -> dict[str, int]:
+    """How many partitions each topic of the pipeline has, of those that are there.
+
+    Raises ``Unreachable`` where one is there and cannot be used: that is no lost one.
+    """
+    found = _described(AdminClient(dict(client)), topics.all)
+    unusable = [topic for topic, leaders in found.items() if not all(leaders)]
+    if unusable:
+        raise Unreachable(f"not to be used at the moment: {', '.join(unusable)}. Are all brokers up?")
+    return {topic: len(leaders) for topic, leaders in found.items()}
+
+
+def faults(client: Mapping[str, Any], topics: Topics, found: Mapping[str, int], *, keep_ms: int) -> list[str]:
+    """What is not as it has to be, of the topics that were found with so many partitions; each with its cure."""
+    admin, servers, settings = AdminClient(dict(client)), str(client["bootstrap.servers"]), _settings(topics, keep_ms)
+    return [
+        *_wrong_partitions(topics, found),
+        *(each for topic in found for each in _wrong_settings(admin, servers, topic, settings[topic])),
+    ]
+
+
+def level(client: Mapping[str, Any], topics: Topics) -> None:
+    """Give the totals and the state of stage 2 the same number of partitions again.
+
+    Only where a pipeline starts over: customers move, so nothing may be on its way.
+    """
+    found = present(client, topics)
+    pair = {topic: found[topic] for topic in (topics.totals, topics.deliver_state) if topic in found}
+    most = max(pair.values(), default=0)
+    admin = AdminClient(dict(client))
+    for topic in [topic for topic, count in pair.items() if count < most]:
+        _grow(admin, topic, most)
+        _until_usable(admin, {topic: most})
+
+
 def partitions_of(admin: AdminClient, topics: Iterable[str]) -> dict[str, int]:
     """How many partitions each topic has, of those that are there and can be used."""
+    found = _described(admin, topics)
+    return {topic: len(leaders) for topic, leaders in found.items() if all(leaders)}
 
-    def ask(within: float) -> dict[str, int]:
+
+def _described(admin: AdminClient, topics: Iterable[str]) -> dict[str, list[bool]]:
+    """Of the topics that are there, whether each partition has a leader."""
+
+    def ask(within: float) -> dict[str, list[bool]]:
         wanted = list(topics)
         answers = admin.describe_topics(TopicCollection(wanted), request_timeout=within)
-        found: dict[str, int] = {}
+        found: dict[str, list[bool]] = {}
         for topic in wanted:
             try:
                 described = answers[topic].result().partitions
@@ -163,11 +199,15 @@ def partitions_of(admin: AdminClient, topics: Iterable[str]) -> dict[str, int]:
                 if failed.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise
             else:
-                if all(each.leader is not None and each.leader.id >= 0 for each in described):
-                    found[topic] = len(described)
+                found[topic] = [each.leader is not None and each.leader.id >= 0 for each in described]
         return found
 
     return asked(ask, "the topics of the pipeline", within=REQUEST_S, refresh=admin)
+
+
+def _settings(topics: Topics, keep_ms: int) -> dict[str, tuple[_Setting, ...]]:
+    logs = {topic: _log_settings(keep_ms) for topic in (topics.totals, topics.outcomes, topics.dead_letters)}
+    return logs | {topics.aggregate_state: _STATE, topics.deliver_state: _STATE}
 
 
 def _create(admin: AdminClient, topic: str, partitions: int, settings: Iterable[_Setting]) -> None:
@@ -194,27 +234,25 @@ def _changed(change: Callable[[float], object], what: str) -> None:
     asked(once, what, within=READY_S)
 
 
-def _ready(admin: AdminClient, topics: Topics, partitions: int) -> dict[str, int]:
-    """Wait until what was created can be used."""
+def _until_usable(admin: AdminClient, least: Mapping[str, int]) -> dict[str, int]:
+    """Wait until what was created can be used: each topic with so many partitions, or more."""
     deadline = monotonic() + READY_S
     while True:
-        found = partitions_of(admin, topics.all)
-        if found.keys() == set(topics.all) and found[topics.aggregate_state] >= partitions:
+        found = partitions_of(admin, least)
+        missing = [topic for topic, count in least.items() if found.get(topic, -1) < count]
+        if not missing:
             return found
         if monotonic() > deadline:
-            missing = ", ".join(sorted(set(topics.all) - found.keys())) or topics.aggregate_state
-            raise Unreachable(f"not usable {READY_S:.0f} s after they were created: {missing}. Are all brokers up?")
+            missing_ones = ", ".join(sorted(missing))
+            raise Unreachable(
+                f"not usable {READY_S:.0f} s after they were created: {missing_ones}. Are all brokers up?"
+            )
         sleep(AGAIN_S)
 
 
-def _wrong_partitions(topics: Topics, found: Mapping[str, int], partitions: int) -> Iterable[str]:
-    state, totals, deliver = (found[t] for t in (topics.aggregate_state, topics.totals, topics.deliver_state))
-    if state > partitions:
-        yield (
-            f"{topics.aggregate_state} has {state} partitions and the source topic {partitions}: the source was made "
-            "anew. `tallyman reset --bill-from T` starts over with events from T on."
-        )
-    if totals != deliver:
+def _wrong_partitions(topics: Topics, found: Mapping[str, int]) -> Iterable[str]:
+    totals, deliver = found.get(topics.totals), found.get(topics.deliver_state)
+    if totals is not None and deliver is not None and totals != deliver:
         yield (
             f"{topics.totals} has {totals} partitions and {topics.deliver_state} {deliver}; their numbers are equal "
             "and never change, for customers would move. Bring back the topics from a backup, or `tallyman reset "

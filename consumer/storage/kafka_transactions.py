@@ -1,6 +1,6 @@
 """One commit is one Kafka transaction; what can go wrong in it, and what that means for who commits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from time import monotonic
 from typing import Any, Final, NamedTuple, NoReturn
@@ -60,9 +60,13 @@ _LASTING: Final = frozenset(
 class Transactions:
     """One transactional producer at a time, under one ``transactional.id``; one transaction at a time."""
 
-    def __init__(self, client: Mapping[str, Any], name: str, *, within: float) -> None:
-        """``name`` is the transactional id. ``within`` bounds a transaction, in seconds."""
+    def __init__(
+        self, client: Mapping[str, Any], name: str, *, within: float, aborted_after: int | None = None
+    ) -> None:
+        """``name`` is the transactional id. ``within`` bounds a transaction, in seconds; ``aborted_after`` so many the
+        broker aborts it if nobody ends it, by default ``TRANSACTION_S``."""
         self.name = name
+        self._aborted_after = aborted_after
         self._client = client
         self._within = within
         self._producer: Producer | None = None
@@ -90,8 +94,14 @@ class Transactions:
         with self._lock:
             self._drop()
 
-    def run(self, records: Iterable[Record], offsets: Offsets | None = None) -> None:
+    def run(self, records: Iterable[Record], *offsets: Offsets, held: Callable[[], object] | None = None) -> None:
         """Make the records and the offsets durable, all or none.
+
+        Args:
+            records: taken while the transaction is open; where that raises, nothing is left of it.
+            offsets: of one group each.
+            held: if given, the offsets are sent before the records, and then this is called: until all is decided
+                nobody is told the offsets, so nobody takes over the partitions.
 
         Raises:
             Abandoned, Refused, OutcomeUnknown, Fenced: see there.
@@ -107,9 +117,13 @@ class Transactions:
             deadline = monotonic() + self._within
             try:
                 producer.begin_transaction()
-                self._produce(producer, records, deadline)
-                if offsets is not None:
-                    producer.send_offsets_to_transaction(*offsets, _until(deadline))
+                if held is None:
+                    self._produce(producer, records, deadline)
+                for each in offsets:
+                    producer.send_offsets_to_transaction(*each, _until(deadline))
+                if held is not None:
+                    held()
+                    self._produce(producer, records, deadline)
             except KafkaException as failed:
                 self._give_up(producer, failed.args[0])
             except BaseException:
@@ -190,10 +204,11 @@ class Transactions:
         return None
 
     def _fresh(self) -> Producer:
+        aborted_after = TRANSACTION_S if self._aborted_after is None else self._aborted_after
         settings = {
             "transactional.id": self.name,
-            "transaction.timeout.ms": TRANSACTION_S * 1000,
-            "message.timeout.ms": TRANSACTION_S * 1000,
+            "transaction.timeout.ms": aborted_after * 1000,
+            "message.timeout.ms": aborted_after * 1000,
             "compression.type": "lz4",
             "linger.ms": 5,
             "queue.buffering.max.messages": 200_000,

@@ -246,6 +246,11 @@ class SqliteStore:
         """The same: what can be read has been committed."""
         return self.ends(log)
 
+    def shortened(self, log: Log) -> set[int]:
+        """The one partition, where its first records are not kept any more."""
+        first = self.read(log, 0, 1)
+        return {0} if (first[0].offset if first else self.end(log)) > 1 else set()
+
     def number(self, letter: Logged) -> int:
         """Its offset."""
         return letter.offset

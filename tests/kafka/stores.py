@@ -11,9 +11,9 @@ from typing import Any
 from confluent_kafka import Consumer, TopicPartition
 
 from consumer.sandbox.kafka import Kafka
-from consumer.storage import Changes, Facts, Log, Stage
+from consumer.storage import Changes, Facts, Log, Logged, Stage
 from consumer.storage.kafka import KafkaStore
-from consumer.storage.kafka_reading import Logged, logged
+from consumer.storage.kafka_reading import logged
 from consumer.storage.kafka_start import begin
 from consumer.storage.kafka_topics import Topics, ensure
 from tests.kafka.harness import DAY, until

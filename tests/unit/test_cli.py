@@ -714,12 +714,11 @@ def begun(place: Place, *, bill_from: int = T0 * 1000) -> None:
         store.begin(Facts("test", "c", "usage-events", "t", bill_from, 0, NOW), {})
 
 
-def looked(place: Place) -> reset.Old | str:
+def looked(place: Place) -> reset.Old | reset.Lost:
+    return reset.look(load(place.config, {}), SystemClock())
 
-    return reset.look(load(place.config, {}), place.path, SystemClock())
 
-
-def judged(old: reset.Old | str, bill_from: int, *, read_before: bool = True, unknown: bool = False) -> str:
+def judged(old: reset.Old | reset.Lost, bill_from: int, *, read_before: bool = True, unknown: bool = False) -> str:
     with pytest.raises(reset.ResetRefused) as caught:
         reset.judge(old, bill_from * 1000, NOW, read_before=read_before, newest_unknown=unknown)
     return str(caught.value)
@@ -784,7 +783,7 @@ def test_a_file_that_a_refused_start_left_empty_is_a_lost_one(place: Place) -> N
     with place.store():
         pass
 
-    assert looked(place) == f"{place.path} holds no state"
+    assert looked(place) == reset.Lost(f"{place.path} holds no state")
 
 
 def test_reset_counts_what_is_given_up(busy: Place) -> None:
@@ -821,7 +820,7 @@ def test_a_reset_that_fails_leaves_everything_as_it_was(busy: Place, monkeypatch
     topic = Topic("c", "usage-events", "t", 1, log_append_time=True)
 
     with pytest.raises(SourceError):
-        reset.reset(config, busy.path, source, topic, bill_from=NOW, clock=SystemClock())
+        reset.reset(config, before, source, topic, bill_from=NOW, clock=SystemClock())
 
     after = looked(busy)
     assert isinstance(after, reset.Old)
