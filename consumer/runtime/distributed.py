@@ -19,7 +19,7 @@ from consumer.runtime.totals_log import KafkaTotals
 from consumer.storage import Facts, Log, Progress, Stage, StorageError, Unreachable
 from consumer.storage.kafka import KafkaStore
 from consumer.storage.kafka_reading import log_sizes
-from consumer.storage.kafka_start import begin, grow, positions
+from consumer.storage.kafka_start import begin, grow, positions, recorded
 from consumer.storage.kafka_topics import Topics, ensure
 
 log = structlog.get_logger()
@@ -42,14 +42,14 @@ def ground(config: Config, clock: Clock, source: Source, topic: Topic, stages: f
         unread, ahead = (KafkaTotals(client, topics.totals, topics.group(Stage.DELIVER)) for _ in range(2))
         opened.callback(unread.close)
         opened.callback(ahead.close)
-        growing = Lock()
+        growing, begun = Lock(), facts.partitions
 
         def aggregator(partition: int, progress: Progress) -> Aggregator:
+            nonlocal begun
+            with growing:
+                if partition >= begun:
+                    begun = _grow(config, source, topics)
             left = store.restore(Stage.AGGREGATE, partition, progress)
-            if left is None:
-                with growing:
-                    _grow(config, source, topics)
-                left = store.restore(Stage.AGGREGATE, partition, progress)
             if left is None:
                 raise _damaged(topics, Stage.AGGREGATE, partition)
             return processors.restored(config, facts, partition, left)
@@ -97,26 +97,23 @@ def _begun(config: Config, clock: Clock, source: Source, topic: Topic, topics: T
     return facts
 
 
-def _grow(config: Config, source: Source, topics: Topics) -> None:
-    """The source has more partitions than are recorded: they are read from their beginnings."""
+def _grow(config: Config, source: Source, topics: Topics) -> int:
+    """Read partitions of the source that are not recorded yet from their beginnings; returns how many it has."""
     client = config.kafka_client()
-    begun = positions(client, topics, Stage.AGGREGATE)
-    facts = max((each.facts for each in begun.values()), key=lambda each: each.partitions, default=None)
     try:
         topic = source.describe()
+        ensure(client, topics, partitions=topic.partitions, keep_ms=int(config.limits.keep))
+        facts = recorded(client, topics)
         if facts is None or topic.partitions <= facts.partitions:
-            return
+            return topic.partitions
         new = range(facts.partitions, topic.partitions)
         beginnings = source.beginnings(new)
     except SourceError as failed:
         raise Unreachable(str(failed)) from None
-    ensure(client, topics, partitions=topic.partitions, keep_ms=int(config.limits.keep))
-    grow(
-        client,
-        replace(facts, partitions=topic.partitions),
-        processors.first_commits(config, topic, facts.bill_from, beginnings),
-    )
+    grown = replace(facts, partitions=topic.partitions)
+    grow(client, grown, processors.first_commits(config, topic, facts.bill_from, beginnings))
     log.info("partitions_added", partitions=list(new))
+    return topic.partitions
 
 
 def _metadata_of(member: Member) -> Callable[[], bytes]:

@@ -37,7 +37,7 @@ from consumer.runtime.stripe import WrongMode
 from consumer.sandbox.kafka import Kafka, free_ports
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import StripeStandIn
-from consumer.storage import Log, Logged, StorageError
+from consumer.storage import Log, Logged, Stage, StorageError
 from consumer.storage.sqlite import SqliteStore
 
 SECOND: Final = 1_000
@@ -271,6 +271,8 @@ class Service:
         self.url = f"http://127.0.0.1:{port}"
         self.environ = {"STRIPE_SECRET_KEY": SECRET_KEY}
         self.clock = MovedClock(folder / "clock")
+        self.stages = frozenset(Stage)
+        """Which of them it runs."""
         self._process: ForkServerProcess | None = None
 
     @property
@@ -303,7 +305,7 @@ class Service:
     def spawn(self) -> None:
         """Start the process and wait for nothing."""
         self.write()
-        self._process = _processes.Process(target=_serve, args=(self.folder, self.environ), daemon=True)
+        self._process = _processes.Process(target=_serve, args=(self.folder, self.environ, self.stages), daemon=True)
         self._process.start()
 
     def start(self) -> None:
@@ -327,6 +329,14 @@ class Service:
         if self._process is not None:
             self._process.kill()
             self._ended(10.0)
+
+    def suspend(self) -> None:
+        """SIGSTOP: it does nothing any more, and does not know."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """It goes on where it was."""
+        os.kill(self.pid, signal.SIGCONT)
 
     def fails(self, *, within: float = 30.0) -> str:
         """Wait until it ends by itself with exit code 1; returns its last line, which has to say why."""
@@ -472,7 +482,7 @@ def values(found: Iterable[totals.Total]) -> list[tuple[str, str]]:
     return sorted((each.customer, each.value) for each in found)
 
 
-def _serve(folder: Path, environ: Mapping[str, str]) -> None:
+def _serve(folder: Path, environ: Mapping[str, str], stages: frozenset[Stage]) -> None:
     """The process. What ends it is said in the last line of its log."""
     with (folder / "log").open("ab") as log:
         os.dup2(log.fileno(), 1)
@@ -482,6 +492,7 @@ def _serve(folder: Path, environ: Mapping[str, str]) -> None:
         service.run(
             load(folder / "tallyman.yaml", environ),
             service.Surroundings(MovedClock(folder / "clock"), service.kafka_source),
+            stages,
         )
     except FAILURES as failed:
         print(failed, flush=True)
