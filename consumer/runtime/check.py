@@ -2,17 +2,21 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from consumer.config import Config, CustomerFile
+from consumer.config import Config, CustomerFile, SqliteStorage
 from consumer.runtime import customers, embedded, processors, service, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.source import Source, SourceError, Topic
-from consumer.storage import Stage, StorageError
+from consumer.storage import Facts, Stage, StorageError
+from consumer.storage.kafka_archive import told
+from consumer.storage.kafka_reading import ends_of, members_of
+from consumer.storage.kafka_start import check_empty, positions
+from consumer.storage.kafka_topics import Topics, faults, present
 from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import held_by
 
@@ -29,13 +33,14 @@ class Finding(msgspec.Struct, frozen=True):
 
 def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
     """Look at everything that `run` depends on, in the order in which it would fail."""
-    path = service.storage_path(config)
+    path = config.storage.path if isinstance(config.storage, SqliteStorage) else None
     holder = None
-    try:
-        holder = held_by(path)
-        yield from _storage(path, clock, holder)
-    except StorageError as wrong:
-        yield Finding("error", "storage", str(wrong))
+    if path is not None:
+        try:
+            holder = held_by(path)
+            yield from _file(path, clock, holder)
+        except StorageError as wrong:
+            yield Finding("error", "storage", str(wrong))
     try:
         topic = source.describe()
         yield Finding(
@@ -45,9 +50,14 @@ def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
             f"partition{'s' * (topic.partitions != 1)}",
         )
         yield _judged("arrival", lambda: _arrival(config, topic), service.ServiceError)
+        if path is None:
+            holder = _members(config)
+            yield _judged("storage", lambda: _topics(config, holder), StorageError)
         yield _judged("start", lambda: _start(config, path, source, topic, clock), start.StartRefused, StorageError)
     except SourceError as wrong:
         yield Finding("error", "kafka", str(wrong))
+    except StorageError as wrong:
+        yield Finding("error", "storage", str(wrong))
     yield _judged("stripe", lambda: _stripe(config), service.ServiceError)
     yield from _mode(config)
     yield from _memory(config)
@@ -63,7 +73,7 @@ def _judged(what: str, look: Callable[[], str], *refusals: type[Exception]) -> F
         return Finding("error", what, str(refused))
 
 
-def _storage(path: Path, clock: Clock, holder: str | None) -> Iterator[Finding]:
+def _file(path: Path, clock: Clock, holder: str | None) -> Iterator[Finding]:
     place = path.resolve()
     if not place.parent.is_dir():
         yield Finding(
@@ -89,30 +99,92 @@ def _arrival(config: Config, topic: Topic) -> str:
     return "producers date the records (CreateTime), as kafka.arrival states: a replay may give other totals"
 
 
-def _start(config: Config, path: Path, source: Source, topic: Topic, clock: Clock) -> str:
+def _client(config: Config) -> dict[str, str]:
+    return {"log_level": "0"} | config.kafka_client()
+
+
+def _members(config: Config) -> str | None:
+    """Which processes run the stages; None where there is none."""
+    found = {stage: told(members_of(_client(config), Topics.of(config.pipeline).group(stage))) for stage in Stage}
+    return "; ".join(f"{stage} by {hosts}" for stage, hosts in found.items() if hosts) or None
+
+
+def _topics(config: Config, holder: str | None) -> str:
+    client, topics = _client(config), Topics.of(config.pipeline)
+    found = present(client, topics)
+    missing = [topic for topic in topics.all if topic not in found]
+    wrong = faults(client, topics, found, keep_ms=int(config.limits.keep))
+    if wrong:
+        raise StorageError("\n".join(wrong))
+    if missing and any(any(ends_of(client, topic, range(count)).values()) for topic, count in found.items()):
+        raise StorageError(
+            f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not there, but the pipeline has run: bring "
+            "back what was deleted from a backup; `tallyman reset --bill-from T` starts over with events from T on."
+        )
+    if missing:
+        return f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not there yet: the first start creates them"
+    return f"{len(found)} topics are as they have to be, in use{f': {holder}' if holder else ' by nobody'}"
+
+
+class _State(NamedTuple):
+    """What the state says of stage 1, and where it is."""
+
+    place: str
+    facts: Facts | None = None
+    offsets: Mapping[int, int] = {}
+
+
+def _start(config: Config, path: Path | None, source: Source, topic: Topic, clock: Clock) -> str:
     """What `run` would say; asked in an order in which a service that goes on meanwhile raises no false alarm."""
     everywhere = range(topic.partitions)
     beginnings, committed = source.beginnings(everywhere), source.committed(everywhere)
-    said = source.committed_ends(everywhere)
-    facts, offsets = None, {}
-    if path.exists() and path.stat().st_size:
-        with SqliteStore.open(path, now=clock.now, create=False, lock=False) as store:
-            facts, offsets = store.facts(), store.offsets(Stage.AGGREGATE)
-            if facts is not None:
-                start.check_newest(embedded.ends_of(store), said, source.group, place=str(path))
+    state = _in_topics(config, topic) if path is None else _in_file(path, source, topic, clock)
     ends = source.ends(everywhere)
     found = start.Found(topic, source.group, beginnings, ends, committed)
-    if facts is None:
-        bill_from = start.first_start(config.pipeline, config.bill_from, found, clock.now(), place=str(path))
+    if state.facts is None:
+        bill_from = start.first_start(config.pipeline, config.bill_from, found, clock.now(), place=state.place)
         first = source.starts(everywhere, bill_from - processors.READ_BEFORE_MS)
         unread = sum(ends[partition] - offset for partition, offset in first.items())
         return f"a first start: events from {start.shown(bill_from)} on are billed, about {unread} records are there"
-    added = start.next_start(config.pipeline, config.bill_from, facts, offsets, found, place=str(path))
-    unread = sum(ends[partition] - offsets.get(partition, beginnings[partition]) for partition in everywhere)
+    added = start.next_start(config.pipeline, config.bill_from, state.facts, state.offsets, found, place=state.place)
+    unread = sum(ends[partition] - state.offsets.get(partition, beginnings[partition]) for partition in everywhere)
     new = f", {len(added)} of the partitions are new" if added else ""
     return (
-        f"goes on where it stopped, billing since {start.shown(facts.bill_from)}: about {unread} records to read{new}"
+        f"goes on where it stopped, billing since {start.shown(state.facts.bill_from)}: about {unread} records to "
+        f"read{new}"
     )
+
+
+def _in_file(path: Path, source: Source, topic: Topic, clock: Clock) -> _State:
+    said = source.committed_ends(range(topic.partitions))
+    if not path.exists() or not path.stat().st_size:
+        return _State(str(path))
+    with SqliteStore.open(path, now=clock.now, create=False, lock=False) as store:
+        facts = store.facts()
+        if facts is not None:
+            start.check_newest(embedded.ends_of(store), said, source.group, place=str(path))
+        return _State(str(path), facts, store.offsets(Stage.AGGREGATE))
+
+
+def _in_topics(config: Config, topic: Topic) -> _State:
+    client, topics = _client(config), Topics.of(config.pipeline)
+    found = present(client, topics)
+    if found.keys() != set(topics.all):
+        return _State(topics.aggregate_state)
+    at = positions(client, topics, Stage.AGGREGATE)
+    if not at:
+        check_empty(client, topics, source=topic.name, partitions=topic.partitions)
+        return _State(topics.aggregate_state)
+    delivered = positions(client, topics, Stage.DELIVER)
+    for partition, end in ends_of(client, topics.totals, range(found[topics.totals])).items():
+        if (position := delivered.get(partition)) is None or position.offset > end:
+            read = f"was read up to {position.offset} and ends at {end}" if position else "has never begun to be read"
+            raise StorageError(
+                f"partition {partition} of {topics.totals} {read}: totals or the state of stage 2 were lost. Bring the "
+                "topics back from a backup; `tallyman reset --bill-from T` starts over with events from T on."
+            )
+    facts = max((position.facts for position in at.values()), key=lambda each: each.partitions)
+    return _State(topics.aggregate_state, facts, {partition: each.offset for partition, each in at.items()})
 
 
 def _stripe(config: Config) -> str:

@@ -129,4 +129,4 @@ def told(hosts: list[str]) -> str | None:
     if not hosts:
         return None
     some = ", ".join(sorted(set(hosts))[:3])
-    return f"{len(hosts)} process{'es' * (len(hosts) > 1)} (of {some})"
+    return f"{len(hosts)} process{'es' * (len(hosts) > 1)} ({some})"

@@ -71,7 +71,7 @@ def begin(
         begun = recorded(client, topics)
         if begun is None:
             try:
-                _check_empty(client, topics, facts)
+                check_empty(client, topics, source=facts.topic, partitions=facts.partitions)
             except StorageError:
                 # What is there may be what another process has begun with in this very moment.
                 begun = recorded(client, topics)
@@ -170,7 +170,8 @@ def _first(
         return records, Offsets(offsets, nobody.consumer_group_metadata())
 
 
-def _check_empty(client: Mapping[str, Any], topics: Topics, facts: Facts) -> None:
+def check_empty(client: Mapping[str, Any], topics: Topics, *, source: str, partitions: int) -> None:
+    """Raise ``StorageError`` where something shows an earlier life of a pipeline whose stage 1 has no state."""
     anew = (
         "The state was lost, or a topic was deleted. Starting anew would bill again what has been billed: bring the "
         "topics back from a backup, or `tallyman reset --bill-from T` starts over with events from T on."
@@ -180,6 +181,6 @@ def _check_empty(client: Mapping[str, Any], topics: Topics, facts: Facts) -> Non
         raise StorageError(f"{topics.aggregate_state} is empty, but {topics.totals} is not. {anew}")
     if positions(client, topics, Stage.DELIVER):
         raise StorageError(f"{topics.aggregate_state} is empty, but {topics.deliver_state} is not. {anew}")
-    for stage, count in ((Stage.AGGREGATE, facts.partitions), (Stage.DELIVER, logs[Log.TOTALS])):
-        if witnessed(client, topics, stage, facts.topic, range(count)):
+    for stage, count in ((Stage.AGGREGATE, partitions), (Stage.DELIVER, logs[Log.TOTALS])):
+        if witnessed(client, topics, stage, source, range(count)):
             raise StorageError(f"{topics.aggregate_state} is empty, but {topics.group(stage)} has read before. {anew}")
