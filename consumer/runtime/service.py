@@ -2,9 +2,9 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final
@@ -26,9 +26,9 @@ from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
 from consumer.runtime.metrics import Requests, State
 from consumer.runtime.reporter import Reporter
-from consumer.runtime.source import Source, Topic
+from consumer.runtime.source import Source, SourceSilent, Topic
 from consumer.runtime.stripe import Stripe
-from consumer.storage import Stage
+from consumer.storage import Stage, Unreachable
 from consumer.storage.sqlite import SqliteStore
 
 log = structlog.get_logger()
@@ -37,6 +37,7 @@ STUCK_MS: Final = 120_000
 """A loop that has not gone round for so long will not go round again."""
 EXPIRE_EVERY_S: Final = 600.0
 LOOK_EVERY_S: Final = 0.05
+BEGIN_AGAIN_S: Final = 1.0
 BOTH: Final = frozenset(Stage)
 LIVE_RATE: Final = 1_000.0
 SANDBOX_RATE: Final = 25.0
@@ -75,22 +76,19 @@ def run(config: Config, around: Surroundings, stages: frozenset[Stage] = BOTH) -
     # Who only counts needs no key, and has none to lose.
     key = stripe_key(config) if Stage.DELIVER in stages else None
     source = around.source(config, group_of(config))
+    asyncio.run(_Service(config, key, around.clock, source, stages).run())
+
+
+def _begin(config: Config, clock: Clock, source: Source, stages: frozenset[Stage]) -> Ground:
     topic = source.describe()
     check_arrival(config, topic)
-    # Last of all: what is refused before leaves no empty file behind.
-    with _beginning(config, around.clock, source, topic, stages) as begin:
-        asyncio.run(_Service(config, key, around.clock, source, begin).run())
-
-
-@contextmanager
-def _beginning(
-    config: Config, clock: Clock, source: Source, topic: Topic, stages: frozenset[Stage]
-) -> Iterator[Callable[[], Ground]]:
-    if isinstance(config.storage, SqliteStorage):
-        with SqliteStore.open(config.storage.path, now=clock.now, create=True, lock=True) as store:
-            yield lambda: embedded.ground(config, clock, source, topic, store)
-    else:
-        yield lambda: distributed.ground(config, clock, source, topic, stages)
+    if not isinstance(config.storage, SqliteStorage):
+        return distributed.ground(config, clock, source, topic, stages)
+    with ExitStack() as opened:
+        # Last of all: what is refused before leaves no empty file behind.
+        store = opened.enter_context(SqliteStore.open(config.storage.path, now=clock.now, create=True, lock=True))
+        ground = embedded.ground(config, clock, source, topic, store)
+        return replace(ground, close=opened.pop_all().close)
 
 
 def storage_path(config: Config) -> Path:
@@ -132,14 +130,13 @@ def stripe_key(config: Config) -> str:
 
 
 class _Service:
-    def __init__(
-        self, config: Config, key: str | None, clock: Clock, source: Source, begin: Callable[[], Ground]
-    ) -> None:
+    def __init__(self, config: Config, key: str | None, clock: Clock, source: Source, stages: frozenset[Stage]) -> None:
         self._config = config
         self._key = key
         self._clock = clock
         self._source = source
-        self._begin = begin
+        self._wanted = stages
+        self._waits_for: str | None = None
         self._stopping = Event()
         self._intake: Intake | None = None
         self._intake_failure: BaseException | None = None
@@ -156,8 +153,11 @@ class _Service:
         http = Http(registry, stuck=self._stuck, not_ready=self._not_ready)
         try:
             port = await self._listen(http)
-            ground = await asyncio.to_thread(self._begin)
+            ground = await self._begun()
+            if ground is None:
+                return
             try:
+                self._waits_for = None
                 self._prepare(ground, requests)
                 registry.register(State(self._intake, self._reporter, self._clock))
                 await self._stages(ground, port)
@@ -168,6 +168,18 @@ class _Service:
             if self._stripe is not None:
                 await self._stripe.close()
         log.info("stopped")
+
+    async def _begun(self) -> Ground | None:
+        """The ground under both stages, as soon as Kafka answers; None where we are to stop before."""
+        while not self._stop.is_set():
+            try:
+                return await asyncio.to_thread(_begin, self._config, self._clock, self._source, self._wanted)
+            except (SourceSilent, Unreachable) as failed:
+                self._waits_for = str(failed)
+                log.warning("kafka_silent", reason=self._waits_for)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), BEGIN_AGAIN_S)
+        return None
 
     def _prepare(self, ground: Ground, requests: Requests) -> None:
         config = self._config
@@ -292,7 +304,7 @@ class _Service:
 
     def _not_ready(self) -> list[str]:
         if not self._settled:
-            return ["the state is being restored"]
+            return [self._waits_for or "the state is being restored"]
         reasons = []
         for stage, each in ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter)):
             if each is not None and each.failing_since is not None:

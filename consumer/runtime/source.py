@@ -44,6 +44,10 @@ class SourceError(Exception):
     """Kafka or the topic is not as it has to be; the message names the place and the cure."""
 
 
+class SourceSilent(SourceError):
+    """Kafka does not answer. Whoever can wait tries again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Topic:
     """What identifies the source topic, and its size."""
@@ -189,8 +193,16 @@ class Source:
             try:
                 return ask()
             except KafkaException as failed:
-                if failed.args[0].code() not in _MOVING or monotonic() > deadline:
-                    raise SourceError(self._explain(failed.args[0])) from None
+                error = failed.args[0]
+                if error.name() in _UNREACHABLE:
+                    # A client keeps waiting for the one controller that it was told of, whoever it is by now.
+                    self._admin = AdminClient(self._client)
+                    servers = self._client["bootstrap.servers"]
+                    raise SourceSilent(
+                        f"Kafka does not answer at {servers} ({error.str()}): is it up, is bootstrap_servers right?"
+                    ) from None
+                if error.code() not in _MOVING or monotonic() > deadline:
+                    raise SourceError(self._explain(error)) from None
             sleep(AGAIN_S)
             with suppress(KafkaException):
                 # Who leads a partition is asked for once and then believed for minutes, wrong or not.
@@ -203,6 +215,4 @@ class Source:
             return f"the topic {self.topic} does not exist at {servers}: create it, or correct kafka.topic"
         if code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:
             return f"{servers} refuses access to the topic {self.topic} or the group {self.group}: {error.str()}"
-        if error.name() in _UNREACHABLE:
-            return f"Kafka does not answer at {servers} ({error.str()}): is it up, is bootstrap_servers right?"
         return f"Kafka at {servers} says: {error.str()}"

@@ -17,11 +17,13 @@ from tests.chaos.workers import BOTH, ONLY, STOP_WITHIN_S, Fleet, Worker, failed
 
 PATIENCE_S = 90.0
 """What a story waits for has to come within this time."""
-AIM_S = 20.0
+AIM_S = 10.0
 """For how long a story tries to catch a worker in the middle of a commit."""
 REFUSED_WITHIN_S = 13.0
 """A commit that stands still for longer is aborted by the broker, which then need not refuse it."""
 
+ON_THE_WAY_S = 0.2
+"""What a worker had sent before it was suspended is with the broker by then."""
 DELIVER_TOO = 0.3
 """Of the faults that come while events are counted: those that are about stage 2."""
 
@@ -225,6 +227,7 @@ class Faults:
             number, broker = 1, kafka
         self._note(kind, None, f"broker {number}")
         ends = {Kind.BROKER_KILL: broker.kill, Kind.BROKER_STOP: broker.stop, Kind.BROKER_SUSPEND: broker.suspend}
+        self._fleet.disturbed()
         ends[kind]()
         yield self._after(1.0, 8.0)
         (broker.resume if kind is Kind.BROKER_SUSPEND else broker.start)()
@@ -261,6 +264,7 @@ class Faults:
                 if partition is None:
                     continue
                 worker.suspend()
+                time.sleep(ON_THE_WAY_S)
                 if self._observer.undecided(stage, partition) and not self._observer.offsets_wait(stage, partition):
                     return True
                 worker.resume()

@@ -63,6 +63,8 @@ class Report:
     counts: Counts
     totals: int
     faults: Counter[str]
+    given_up: int
+    """Starts, while a broker was away."""
     failed_commits: Failed
     """As the logs have them."""
     counted_as_failed: Failed
@@ -82,6 +84,7 @@ class Report:
                 f"  metrics  {count:>8} of stage {stage} {how}"
                 for (stage, how), count in self.counted_as_failed.items()
             ),
+            f"  starts   {self.given_up:>8} given up while a broker was away, and made again",
             f"  totals   {self.totals}",
             *(f"  Stripe   {count:>8} {answer}" for answer, count in self.answers.items()),
             f"  memory   {self.peak_rss_mb:.0f} MB at most in any of the workers' processes",
@@ -119,6 +122,7 @@ def prove(kafka: Kafka, scenario: Scenario, plan: Plan, folder: Path, say: Calla
         counts=made.expected.counts,
         totals=run.totals,
         faults=faults.done,
+        given_up=fleet.given_up,
         failed_commits=sum(map(failed_commits, fleet.all), Failed()),
         counted_as_failed=fleet.failed_commits,
         answers=answers(stats),
@@ -167,8 +171,8 @@ class _Run:
         for number, (kind, stage) in enumerate(plan, 1):
             self._until(lambda: observer.consumed >= step * number, lambda: observer.consumed, "counting")  # noqa: B023
             self._say(f"{observer.consumed} events counted, {self._stripe.accepted} Meter Events taken")
-            self._faults.begin(kind, stage)
             self._allowed = (number + 1.9) * step if number < len(plan) else scenario.events
+            self._faults.begin(kind, stage)
         self._until(production.done, lambda: production.sent, "producing")
         traffic.produce(kafka.bootstrap_servers, topic, tombstones(scenario.partitions, time.time_ns() // 10**6))
         self._say(f"all {scenario.events} events are produced; {self._stripe.accepted} Meter Events taken")

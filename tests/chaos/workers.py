@@ -26,6 +26,7 @@ from consumer.storage import Stage
 from tests.exactness.world import Metrics
 
 STOP_WITHIN_S = 45.0
+DISTURBED_S = 60.0
 BOTH = frozenset(Stage)
 ONLY = {stage: frozenset({stage}) for stage in Stage}
 
@@ -53,6 +54,7 @@ class Worker:
         self.failed_commits = Failed()
         """As its metrics have counted them, in all of its lives."""
         self._failed_in_this_life = Failed()
+        self._began_at = 0
         self._port, _ = free_ports()
         self._process: subprocess.Popen[bytes] | None = None
         kafka = config["kafka"]
@@ -85,6 +87,7 @@ class Worker:
         stage = [] if self.stages == BOTH else [f"--stage={next(iter(self.stages))}"]
         self._failed_in_this_life = Failed()
         with self.log_file.open("ab") as log:
+            self._began_at = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "consumer", "run", "-c", str(self.config_file), *stage],
                 stdin=subprocess.DEVNULL,
@@ -123,10 +126,21 @@ class Worker:
         if process is not None and (code := process.wait(STOP_WITHIN_S)):
             raise WorkerError(f"{self} ended with {code} after SIGTERM. {self.log_tail()}")
 
-    def check(self) -> None:
-        """Raise where it has ended by itself."""
-        if self._process is not None and (code := self._process.poll()) is not None:
-            raise WorkerError(f"{self} ended by itself, with {code}. {self.log_tail()}")
+    def check(self, *, may_give_up: bool) -> bool:
+        """Whether it has ended while it was starting, where it may. Raises where it has ended otherwise by itself."""
+        code = None if self._process is None else self._process.poll()
+        if code is None:
+            return False
+        if code == 1 and may_give_up and not self._started:
+            self._process = None
+            return True
+        raise WorkerError(f"{self} ended by itself, with {code}. {self.log_tail()}")
+
+    @property
+    def _started(self) -> bool:
+        with self.log_file.open("rb") as log:
+            log.seek(self._began_at)
+            return b'"event": "started"' in log.read()
 
     def metrics(self) -> Metrics | None:
         """What it says of itself; None while it cannot."""
@@ -175,7 +189,9 @@ class Fleet:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder = folder
         self._config = config
-        self._looked_at = 0.0
+        self._looked_at = self._disturbed_at = 0.0
+        self.given_up = 0
+        """Starts that came to nothing, while a broker was away: whoever runs it starts it again."""
         self.workers: list[Worker] = []
         """Those that are at work, or will be again."""
         self.removed: list[Worker] = []
@@ -210,11 +226,16 @@ class Fleet:
         """Those that run, and that no fault is about: of this stage, or all."""
         return [w for w in self.workers if w.running and not w.busy and (stage is None or stage in w.stages)]
 
+    def disturbed(self) -> None:
+        """A broker goes away: until a while later a start may fail."""
+        self._disturbed_at = time.monotonic()
+
     def look(self) -> None:
         """See to it that none has ended by itself; and, now and then, what their metrics count."""
         for each in self.workers:
-            if not each.suspended:
-                each.check()
+            if not each.suspended and each.check(may_give_up=time.monotonic() - self._disturbed_at < DISTURBED_S):
+                self.given_up += 1
+                each.start()
         if time.monotonic() - self._looked_at > 1.0:
             self.scrape()
 

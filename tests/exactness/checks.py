@@ -19,7 +19,7 @@ from consumer.config import Config, load
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.entries import decode_outcome
 from consumer.deliver.pacing import Outlet
-from consumer.runtime import service
+from consumer.runtime import processors
 from consumer.runtime.customers import Passthrough
 from consumer.sandbox.traffic import METERS, Expected
 from consumer.storage import Facts, Log, Stage
@@ -186,7 +186,7 @@ def _check_replay(verdict: Verdict, partitions: int, config: Config, log: list[E
 
 def replayed(config: Config, facts: Facts, partition: int, advances: list[Advance]) -> list[tuple[bytes, bytes]]:
     """Keys and values of the totals that a partition's log makes, with its clock moved where it was moved."""
-    aggregator = Aggregator(service.rules_of(config, facts.bill_from), _identity(facts, partition), 0)
+    aggregator = Aggregator(processors.rules_of(config, facts.bill_from), _identity(facts, partition), 0)
     pending = list(reversed(advances))
     now = time.time_ns() // 10**6
     for batch in _records(config, partition):
@@ -230,7 +230,7 @@ def _record(message: Message) -> Record:
 
 
 def _restored(partitions: int, config: Config, left: Left) -> Iterator[Aggregator]:
-    rules = service.rules_of(config, left.facts.bill_from)
+    rules = processors.rules_of(config, left.facts.bill_from)
     for partition in range(partitions):
         restored = left.restored(Stage.AGGREGATE, partition)
         yield Aggregator(rules, _identity(left.facts, partition), restored.offset, restored.entries)

@@ -24,7 +24,7 @@ from consumer.aggregate.aggregator import Aggregator
 from consumer.aggregate.meters import Source as Identity
 from consumer.cli import app
 from consumer.config import load
-from consumer.runtime import service
+from consumer.runtime import processors, service
 from consumer.runtime.source import SourceError
 from consumer.runtime.start import shown
 from consumer.sandbox.kafka import Arrival, Kafka
@@ -135,7 +135,7 @@ class Place:
             assert facts is not None
             assert restored is not None
             identity = Identity(facts.cluster_id, facts.topic_id, facts.pipeline, 1)
-            return Aggregator(service.rules_of(config, facts.bill_from), identity, restored.offset, restored.entries)
+            return Aggregator(processors.rules_of(config, facts.bill_from), identity, restored.offset, restored.entries)
 
     def counted(self) -> tuple[int, str]:
         """Events and value that stage 1 has counted."""
