@@ -278,8 +278,6 @@ class Delivery:
 
     def next(self, now: int) -> Attempt | None:
         """An attempt to write to Stripe now; None where there is nothing to send now."""
-        if self._dropped:
-            return None
         for live in (woken := self._schedule.woken(now)):
             self._look(live, now)
         if woken:

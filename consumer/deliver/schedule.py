@@ -142,7 +142,7 @@ class Schedule:
             live = heapq.heappop(self._resting)[2]
             if live.phase is Phase.RESTING:
                 woken.append(live)
-        if self._outlet.gate.shut and self._may_probe(now) and not (woken or self._waiting or self._lanes.ready):
+        if self._outlet.gate.shut and not (woken or self._waiting or self._lanes.ready) and self._may_probe(now):
             # Nobody is asked to rest for longer than the gate is shut: whoever comes next in time probes.
             woken = self._rouse(1)
         return woken

@@ -178,23 +178,23 @@ def test_a_probe_is_alone_whoever_sent_the_other_attempts() -> None:
     assert len(probing(first, second)) == 1
     wait(HOUR, first, second)
     assert probing(first, second) == []
+    assert not any(world.delivery.wake(world.now) == world.now for world in (first, second)), "the shell would spin"
     assert marked(first, second) <= 2
 
 
 def test_only_one_total_is_marked_to_probe() -> None:
     """While one of them is on its way into a commit, the other one reads what it could probe with, and waits."""
-    first, second = pair(0, 60)
+    first, second = pair(1)
     armed(second)
-    go_down(second)
+    second.delivery.answered(second.must_send(), UNAUTHORISED, second.now)
     wait(MINUTE, first, second)
     assert second.send() is None
-    first.total("a0")
-    first.names.known["a0"] = "cus_a0"
-    first.read()
     second.store()
+    first.read()
     assert first.send() is None
     first.commit()
     assert marked(first) == 0
+    assert first.delivery.wake(first.now) is None, "the shell would spin"
     second.delivery.committed()
     assert first.send() is None
     assert second.send() is not None
@@ -244,6 +244,26 @@ def test_a_pause_ends_though_the_one_that_probed_first_is_refused_for_ever() -> 
     assert [outcome.how for outcome in second.outcomes] == ["delivered"]
 
 
+def test_refusals_of_an_earlier_pause_are_no_reason_to_read_in_the_next_one() -> None:
+    """One that has been refused to the last total reads another one to probe with; but that pause was ended."""
+    first = crowd(300, of="a", in_flight=45)
+    run(first, until=first.now + 2 * HOUR, answer=lambda _: REFUSED)
+    assert str(first.delivery.paused) == "refusals"
+    second = crowd(2, of="b", outlet=first.outlet)
+    second.now = first.now
+    second.read()
+    while first.delivery.shut:
+        wait(MINUTE, first, second)
+        for world in probing(first, second):
+            (probe,) = world.delivery._attempts.values()
+            world.delivery.answered(probe, REFUSED if world is first else OK, world.now)
+    first.send()
+    second.total("b0")
+    armed(second)
+    second.delivery.answered(second.must_send(), UNAUTHORISED, second.now)
+    assert first.delivery.room == 0
+
+
 def test_who_has_nothing_to_probe_with_lets_the_others() -> None:
     """All of the first one's are unmapped by now; the turn would otherwise be its own for ever."""
     first, second = pair(20)
@@ -257,10 +277,28 @@ def test_who_has_nothing_to_probe_with_lets_the_others() -> None:
     assert probing(first, second) == [second]
 
 
+def test_a_turn_that_was_lost_marks_nothing_when_there_is_something_again() -> None:
+    """Two totals would be marked to probe, and one of them not be sent for as long as the other one takes."""
+    first, second = pair(20)
+    armed(first, second)
+    go_down(first)
+    wait(MINUTE, first, second)
+    assert first.send() is None
+    known, first.names.known = first.names.known, {}
+    first.delivery.remap(first.names, first.now)
+    assert second.send() is None
+    first.names.known = known
+    first.delivery.remap(first.names, first.now)
+    first.commit()
+    second.commit()
+    assert (marked(first), marked(second)) == (0, 1)
+
+
 def test_lookups_that_fail_for_one_do_not_keep_the_others_from_probing() -> None:
     """It looks as if it had something to probe with, again and again."""
     first, second = pair(20)
-    run(first, second, until=first.now + SECOND // 2, answer=lambda _: NeverConnected())
+    armed(first)
+    go_down(first)
     first.names.fails = True
     run(first, second, until=first.now + 5 * MINUTE)
     assert len(second.stripe.billed) == 20
@@ -355,7 +393,9 @@ def test_a_dropped_delivery_wants_nothing_any_more() -> None:
     armed(first)
     first.delivery.answered(first.must_send(), Lost(), first.now)
     first.must_send()
+    last = first.must_send()
     first.store()
+    first.delivery.answered(last, OK, first.now)
     first.delivery.drop()
     first.delivery.drop()
     first.delivery.committed()
