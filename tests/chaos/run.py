@@ -23,10 +23,13 @@ from tests.chaos.workers import BOTH, ONLY, Failed, Fleet, failed_commits, trace
 from tests.exactness.checks import NotExactError, Produced, Verdict, compare
 from tests.exactness.left import InKafka
 from tests.exactness.run import AGO_MS
-from tests.exactness.world import Production, StandIn, answers, ask, wait_until
+from tests.exactness.world import PATIENCE_S, POLL_S, Production, StandIn, answers, ask
 
 ROLES = (BOTH, *ONLY.values(), BOTH)
 """What the workers do, in turn."""
+
+COUNTING_S = 90.0
+"""Events are counted, and windows closed, at least so often: longer than any fault may hold up everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +185,7 @@ class _Run:
         had, at_least = self._stripe.accepted, len(self._made.expected.by_window())
         for number, (kind, stage) in enumerate(plan, 1):
             due = had + (at_least - had) * number // (len(plan) + 1)
-            self._until(lambda: self._stripe.accepted >= due, lambda: self._stripe.accepted, "sending")  # noqa: B023
+            self._until(lambda: self._stripe.accepted >= due, lambda: self._stripe.accepted, "sending", PATIENCE_S)  # noqa: B023
             self._say(f"{self._stripe.accepted} Meter Events taken")
             self._faults.begin(kind, stage)
 
@@ -201,15 +204,22 @@ class _Run:
 
         self._until(lambda: not unfinished(), unfinished, "closing windows")
         with self._observer.counting(Log.TOTALS) as made, self._observer.counting(Log.OUTCOMES) as finished:
-            self._until(lambda: finished() >= made(), lambda: (finished(), made()), "delivering")
+            self._until(lambda: finished() >= made(), lambda: (finished(), made()), "delivering", PATIENCE_S)
             self.totals = made()
 
-    def _until(self, reached: Callable[[], bool], progress: Callable[[], object], what: str) -> None:
-        def turn() -> bool:
+    def _until(
+        self, reached: Callable[[], bool], progress: Callable[[], object], what: str, patience_s: float = COUNTING_S
+    ) -> None:
+        """Tell the faults' stories until it is reached; raise where nothing has progressed for so long."""
+        last, since = progress(), time.monotonic()
+        while not reached():
             self._faults.turn()
-            return reached()
-
-        wait_until(turn, progress, what)
+            time.sleep(POLL_S)
+            now = progress()
+            if now != last:
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > patience_s:
+                raise TimeoutError(f"{what}: nothing has moved for {patience_s:.0f} s; it stands at {last}")
 
 
 def _config(  # noqa: PLR0917 - each of them once

@@ -70,7 +70,7 @@ class Worker:
     @property
     def environment(self) -> dict[str, str]:
         """What it runs with: this one's, and the stand-in's key."""
-        return os.environ | {"STRIPE_SECRET_KEY": SECRET_KEY}
+        return os.environ | {"STRIPE_SECRET_KEY": SECRET_KEY, "PYTHONFAULTHANDLER": "1"}
 
     @property
     def running(self) -> bool:
@@ -104,6 +104,14 @@ class Worker:
             self._process.wait()
         self._process, self.suspended = None, False
 
+    def abort(self) -> None:
+        """SIGABRT: before it ends it writes to its log where each of its threads stood."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGABRT)
+            self._process.send_signal(signal.SIGCONT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5.0)
+
     def suspend(self) -> None:
         """SIGSTOP: it stands still, and does not know it."""
         self._signal(signal.SIGSTOP)
@@ -122,8 +130,14 @@ class Worker:
 
     def bury(self) -> None:
         """It has ended after SIGTERM, which has to be with 0."""
-        process, self._process = self._process, None
-        if process is not None and (code := process.wait(STOP_WITHIN_S)):
+        if self._process is None:
+            return
+        try:
+            code = self._process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            raise WorkerError(f"{self} has not ended {STOP_WITHIN_S:.0f} s after SIGTERM") from None
+        self._process = None
+        if code:
             raise WorkerError(f"{self} ended with {code} after SIGTERM. {self.log_tail()}")
 
     def check(self, *, may_give_up: bool) -> bool:
@@ -203,6 +217,8 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for each in self.all:
+            if error is not None:
+                each.abort()
             each.kill()
 
     @property
