@@ -55,6 +55,7 @@ class Worker:
         """As its metrics have counted them, in all of its lives."""
         self._failed_in_this_life = Failed()
         self._began_at = 0
+        self._stopping = False
         self._port, _ = free_ports()
         self._process: subprocess.Popen[bytes] | None = None
         kafka = config["kafka"]
@@ -86,6 +87,7 @@ class Worker:
         """Start it; it takes up work by itself."""
         stage = [] if self.stages == BOTH else [f"--stage={next(iter(self.stages))}"]
         self._failed_in_this_life = Failed()
+        self._stopping = False
         with self.log_file.open("ab") as log:
             self._began_at = log.tell()
             self._process = subprocess.Popen(
@@ -126,6 +128,7 @@ class Worker:
         """SIGTERM; it ends by itself, and ``bury`` looks how."""
         self._note_size()
         self.metrics()
+        self._stopping = True
         self._signal(signal.SIGTERM)
 
     def bury(self) -> None:
@@ -142,7 +145,7 @@ class Worker:
 
     def check(self, *, may_give_up: bool) -> bool:
         """Whether it has ended while it was starting, where it may. Raises where it has ended otherwise by itself."""
-        code = None if self._process is None else self._process.poll()
+        code = None if self._process is None or self._stopping else self._process.poll()
         if code is None:
             return False
         if code == 1 and may_give_up and not self._started:
