@@ -28,6 +28,8 @@ _MEMBER: Final = {
     "topic.metadata.refresh.interval.ms": 30_000,
     # Who is killed is replaced after this; who is only slow is not.
     "session.timeout.ms": 20_000,
+    # Longer than any commit takes: whose loop stands still for so long has nothing to keep.
+    "max.poll.interval.ms": 60_000,
 }
 _LASTING: Final = frozenset(
     {"TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED", "SASL_AUTHENTICATION_FAILED", "_AUTHENTICATION"}

@@ -1,7 +1,8 @@
 """One commit is one Kafka transaction; what can go wrong in it, and what that means for who commits."""
 
 from collections.abc import Callable, Iterable, Mapping
-from threading import Lock
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from time import monotonic
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -17,6 +18,8 @@ TRANSACTION_S: Final = 15
 COMMIT_S: Final = 12.0
 """Bounds a commit: what takes longer than the broker gives it would be aborted while it is being made. Where brokers
 stand still the client may overrun it, once, by as much as ``TRANSACTION_S``."""
+OFFSETS_S: Final = 5.0
+"""The group takes offsets in milliseconds, or in a second or two where it has just moved to another broker."""
 LEAST_S: Final = 1.0
 """Any request to Kafka is given so long at least."""
 ABORT_S: Final = 5.0
@@ -120,16 +123,39 @@ class Transactions:
                 if held is None:
                     self._produce(producer, records, deadline)
                 for each in offsets:
-                    producer.send_offsets_to_transaction(*each, _until(deadline))
+                    self._send_offsets(producer, each, deadline)
                 if held is not None:
                     held()
                     self._produce(producer, records, deadline)
             except KafkaException as failed:
                 self._give_up(producer, failed.args[0])
             except BaseException:
-                self._abort(producer)
+                if self._producer is producer:
+                    self._abort(producer)
                 raise
             self._commit(producer, deadline)
+
+    def _send_offsets(self, producer: Producer, offsets: Offsets, deadline: float) -> None:
+        """The client looks at no timeout here: where the group's broker goes away it may never return."""
+        answers: SimpleQueue[BaseException | None] = SimpleQueue()
+
+        def send() -> None:
+            try:
+                producer.send_offsets_to_transaction(*offsets, _until(deadline))
+            except BaseException as failed:  # noqa: BLE001 - raised again below
+                answers.put(failed)
+            else:
+                answers.put(None)
+
+        Thread(target=send, name="send-offsets", daemon=True).start()
+        try:
+            failed = answers.get(timeout=min(OFFSETS_S, _until(deadline)))
+        except Empty:
+            # It is that thread's for good: whoever touched it would wait as long. Its successor ends what it began.
+            self._producer = None
+            raise Abandoned("the group does not answer: the commit was given up, nothing of it is there") from None
+        if failed is not None:
+            raise failed
 
     def _produce(self, producer: Producer, records: Iterable[Record], deadline: float) -> None:
         produce = producer.produce

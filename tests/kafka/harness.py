@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -487,6 +488,7 @@ def _serve(folder: Path, environ: Mapping[str, str], stages: frozenset[Stage]) -
     with (folder / "log").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)  # so that one that hangs can be asked where
     structlog.configure(processors=[structlog.processors.TimeStamper(), structlog.processors.JSONRenderer()])
     try:
         service.run(

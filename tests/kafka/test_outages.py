@@ -1,0 +1,149 @@
+"""What Kafka does to a pipeline whose state is in it: away, back, refusing. Nothing is lost, and it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin._resource import ResourceType
+
+from consumer.sandbox.kafka import KafkaUnavailableError, LocalKafka
+from consumer.sandbox.kafka_cluster import LocalCluster
+from tests.kafka.harness import Bench, Service, Topic, bench, until
+from tests.kafka.test_distributed import Usage, owned, worker
+
+pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def on(own_kafka: LocalKafka, tmp_path: Path) -> Iterator[Bench]:
+    with bench(own_kafka, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def topic(on: Bench) -> Topic:
+    return Topic.create(on.kafka, 2, arrival="create_time")
+
+
+@contextmanager
+def cluster() -> Iterator[LocalCluster]:
+    """Three brokers."""
+    try:
+        kafka = LocalCluster()
+    except KafkaUnavailableError as error:
+        pytest.skip(f"no local brokers to stop and start: {error}")
+    with kafka:
+        yield kafka
+
+
+def configure(topic: Topic, name: str, **settings: object) -> None:
+    entries = [
+        ConfigEntry(key.replace("_", "."), str(value), incremental_operation=AlterConfigOpType.SET)
+        for key, value in settings.items()
+    ]
+    resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
+    topic.admin.incremental_alter_configs([resource])[resource].result(10.0)
+
+
+def failed_commits(service: Service) -> float:
+    return service.metrics().sum("tallyman_commits_failed_total")
+
+
+def test_a_start_waits_for_kafka_and_says_so(on: Bench, topic: Topic, own_kafka: LocalKafka) -> None:
+    service = worker(on, topic)
+    usage = Usage(topic)
+    usage.produce()
+    own_kafka.stop()
+    service.spawn()
+    service.until(lambda: "Kafka does not answer" in service.get("/readyz")[1], "it says what it waits for")
+    assert service.get("/healthz") == (200, "ok\n"), "an outage is no reason to start it again"
+    own_kafka.start()
+    usage.until_billed(on, service)
+    service.stop()
+
+
+def test_a_start_that_waits_for_kafka_can_be_stopped(on: Bench, topic: Topic, own_kafka: LocalKafka) -> None:
+    service = worker(on, topic)
+    own_kafka.stop()
+    service.spawn()
+    service.until(lambda: "kafka_silent" in service.log(), "it waits")
+    service.stop()
+
+
+@pytest.mark.parametrize("how", ["killed", "suspended"])
+def test_a_broker_that_goes_away_and_comes_back_costs_nothing(
+    on: Bench, topic: Topic, own_kafka: LocalKafka, how: str
+) -> None:
+    service = worker(on, topic)
+    usage = Usage(topic)
+    service.start()
+    usage.produce()
+    service.until(on.stripe.model.billed, "some are billed")
+    if how == "killed":
+        own_kafka.kill()
+    else:
+        own_kafka.suspend()
+    service.until(lambda: service.get("/readyz")[0] == 503, "it is not ready", within=40.0)
+    assert service.get("/healthz") == (200, "ok\n")
+    if how == "killed":
+        own_kafka.start()
+    else:
+        own_kafka.resume()
+    usage.produce()
+    usage.until_billed(on, service, within=60.0)
+    service.until(lambda: service.get("/readyz")[0] == 200, "it is ready again")
+    assert owned(service, "aggregate") == 2
+    service.stop()
+
+
+def test_a_cluster_that_refuses_writes_and_then_loses_its_quorum_is_waited_for(tmp_path: Path) -> None:
+    """What is read cannot be committed, so it is read again until it can be."""
+    with cluster() as kafka, bench(kafka, tmp_path) as on:
+        topic = Topic.create(kafka, 2, arrival="create_time", min_insync_replicas=1)
+        service = worker(on, topic)
+        usage = Usage(topic)
+        service.start()
+        usage.produce()
+        usage.until_billed(on, service)
+        configure(topic, f"tallyman-{service.config['pipeline']}-aggregate-state", min_insync_replicas=3)
+        kafka.nodes[3].kill()
+        until(lambda: kafka.present == {1, 2}, "the cluster has noticed", within=40.0)
+        usage.produce()
+        service.until(lambda: failed_commits(service) > 0, "a commit has failed", within=60.0)
+        status, said = service.get("/readyz")
+        assert status == 503
+        assert "stage aggregate has not been able to commit since" in said
+        assert '"commit_failed"' in service.log()
+        kafka.nodes[2].kill()
+        service.until(lambda: "Kafka has not answered since" in service.get("/readyz")[1], "it says so", within=60.0)
+        assert service.get("/healthz") == (200, "ok\n")
+        for number in (2, 3):
+            kafka.nodes[number].start()
+        kafka.until_whole()
+        usage.produce()
+        usage.until_billed(on, service, within=90.0)
+        service.until(lambda: service.get("/readyz")[0] == 200, "it is ready again")
+        service.stop()
+
+
+def test_a_log_that_takes_no_record_of_our_size_stops_the_service_until_it_does(on: Bench, topic: Topic) -> None:
+    """That does not mend itself: somebody has to, and is told what."""
+    service = worker(on, topic)
+    usage = Usage(topic)
+    service.start()
+    usage.produce()
+    usage.until_billed(on, service)
+    totals = f"tallyman-{service.config['pipeline']}-totals"
+    configure(topic, totals, max_message_bytes=200)
+    usage.produce()
+    said = service.fails()
+    assert f"a record is too large for the topic {totals}: raise its max.message.bytes to 1048576" in said
+    assert f"--entity-name {totals} --add-config max.message.bytes=" in service.refuses()
+    configure(topic, totals, max_message_bytes=1_048_588)
+    service.start()
+    usage.until_billed(on, service)
+    service.stop()
