@@ -15,7 +15,7 @@ from consumer.storage import Stage
 from tests.chaos.observer import Observer
 from tests.chaos.workers import BOTH, ONLY, STOP_WITHIN_S, Fleet, Worker, failed_commits
 
-PATIENCE_S = 90.0
+PATIENCE_S = 120.0
 """What a story waits for has to come within this time."""
 AIM_S = 10.0
 """For how long a story tries to catch a worker in the middle of a commit."""
@@ -207,9 +207,13 @@ class Faults:
 
     def _remove(self) -> Story:
         def spare() -> list[Worker]:
-            idle = self._fleet.idle()
-            return [w for w in idle if all(any(s in o.stages for o in idle if o is not w) for s in w.stages)]
+            # Two of each stage stay: one that becomes a zombie, and one that takes over.
+            others = {w: [stage for o in self._fleet.workers if o is not w for stage in o.stages] for w in idle()}
+            return [w for w, stages in others.items() if all(stages.count(stage) > 1 for stage in Stage)]
 
+        idle = self._fleet.idle
+        if not any(spare()):
+            self._fleet.add(BOTH)
         yield lambda: bool(spare())
         worker = self._chance.choice(spare())
         worker.busy = True
