@@ -191,6 +191,7 @@ def go_round(
         delivery.restore(offset, restored.entries if restored else (), at)
         for each in archive.logged(Log.TOTALS, {partition: offset}, {partition: ends[partition]}):
             delivery.read(each.offset, totals.decode(each.value), at)
+        delivery.remap(Names(dict(known)), at)
         while True:
             if (changes := delivery.commit(at)) is not None:
                 store.commit(Stage.DELIVER, {partition: changes})

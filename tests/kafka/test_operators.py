@@ -15,8 +15,10 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
+from typer.testing import CliRunner
 
 from consumer import totals
+from consumer.cli import app
 from consumer.deadletters import DeadLetter
 from consumer.deliver.answers import Heard
 from consumer.deliver.delivery import Attempt
@@ -42,7 +44,7 @@ from consumer.storage.kafka_reset import Standing, standing, start_over
 from consumer.storage.kafka_start import positions, recorded
 from consumer.storage.kafka_topics import partitions_of, present
 from consumer.totals import Command
-from tests.kafka.harness import HOUR, until
+from tests.kafka.harness import HOUR, Topic, bench, iso, past_events, real_now, until
 from tests.kafka.operators import KNOWN, PARTITIONS, T0, Desk, KafkaDesk, SqliteDesk, go_round, heard, now, total
 from tests.unit.delivery_world import OK
 
@@ -334,7 +336,7 @@ def test_in_topics_what_was_billed_stays_to_be_seen_and_the_group_stands_where_t
     topics_desk: KafkaDesk,
 ) -> None:
     busy(topics_desk)
-    before = topics_desk.facts()
+    before, commits = topics_desk.facts(), numbers_of_commits(topics_desk)
     done = topics_desk.tallyman("reset", "--bill-from", RIGHT, "--yes")
     assert f"What there was before stays in {topics_desk.topics.totals}, " in done.stdout
 
@@ -344,6 +346,7 @@ def test_in_topics_what_was_billed_stays_to_be_seen_and_the_group_stands_where_t
     client, topics, after = topics_desk.client, topics_desk.topics, topics_desk.facts()
     assert (after.bill_from, after.partitions) == ((T0 + 40 * 60) * 1000, PARTITIONS)
     assert after.created_at > before.created_at
+    assert numbers_of_commits(topics_desk) == {place: number + 1 for place, number in commits.items()}
     with topics_desk.archive() as archive:
         ends = archive.ends(Log.TOTALS)
     for stage in Stage:
@@ -356,6 +359,14 @@ def test_in_topics_what_was_billed_stays_to_be_seen_and_the_group_stands_where_t
             assert stage is AGGREGATE or not [key for each in left.values() if each for key, _ in each.entries]
             store.commit(stage, {p: Changes(each.offset, {b"k": b"v"}) for p, each in left.items() if each})
             assert all(store.restore(stage, partition) for partition in range(PARTITIONS))
+
+
+def numbers_of_commits(desk: KafkaDesk) -> dict[tuple[Stage, int], int]:
+    return {
+        (stage, partition): each.sequence
+        for stage in Stage
+        for partition, each in positions(desk.client, desk.topics, stage).items()
+    }
 
 
 @pytest.mark.parametrize("stage", Stage)
@@ -577,3 +588,44 @@ def test_check_says_who_runs_the_stages(topics_desk: KafkaDesk) -> None:
     assert "; deliver by 1 process (" in found["storage"][1]
     assert found["start"][1].startswith("goes on where it stopped, billing since ")
     assert "http" not in found
+
+
+# Beside the service as it really runs
+
+
+def test_a_decision_is_carried_out_and_the_service_goes_on_after_starting_over(kafka: Kafka, tmp_path: Path) -> None:
+    with bench(kafka, tmp_path) as on:
+        topic = Topic.create(kafka, 2, arrival="create_time")
+        mapping = tmp_path / "customers.yaml"
+        mapping.write_text("cus_a: cus_a\ncus_b: cus_b\n")
+        service = on.service(topic, storage=None, customers={"kind": "file", "path": str(mapping)})
+        service.set(storage={"kind": "kafka"})
+        at = real_now() - 3 * HOUR
+
+        def tallyman(*words: str) -> Any:
+            return CliRunner().invoke(app, [*words, "-c", str(service.write())], env=service.environ)
+
+        def states() -> dict[str, str]:
+            lines = map(json.loads, tallyman("totals", "--json").stdout.splitlines())
+            return {line["customer"]: line["state"] for line in lines}
+
+        for partition in range(2):
+            past_events(topic, {"cus_a": 3, "unknown": 4}, at=at, partition=partition)
+        service.start()
+        service.until(lambda: len(states()) == 2 and "pending" not in states().values(), "all is sent or parked")
+        discarded = tallyman("parked", "discard", "--reason", "unmapped", "--why", "not ours", "--yes")
+        assert discarded.stdout.count(": discarded\n") == 2, discarded.output
+        refused = tallyman("reset", "--bill-from", iso(at + HOUR)[:-5] + "Z", "--yes")
+        assert (refused.exit_code, "stop the service everywhere first" in refused.stderr) == (1, True)
+        service.stop()
+
+        again = iso(at + HOUR)[:-5] + "Z"
+        done = tallyman("reset", "--bill-from", again, "--yes")
+        assert done.exit_code == 0, done.output
+        service.set(bill_from=again)
+        past_events(topic, {"cus_a": 100, "cus_b": 7}, at=at + 2 * HOUR)
+        service.start()
+        service.until(lambda: "cus_b" in on.billed(), "what came after is billed")
+        service.stop()
+        assert on.billed() == {"cus_a": "106", "cus_b": "7"}
+        assert states() == {"cus_a": "delivered", "cus_b": "delivered", "unknown": "discarded"}
