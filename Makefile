@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench exactness clean
+.PHONY: help demo test lint format bench exactness chaos clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -12,7 +12,7 @@ demo: .venv/.run ## the whole service on this machine: no Kafka, no Stripe accou
 	@$(BIN)/tallyman demo
 
 test: .venv/.dev ## all tests, those on a real Kafka included
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 lint: .venv/.dev ## ruff, mypy --strict, the import rules
 	$(BIN)/ruff check .
@@ -26,6 +26,9 @@ format: .venv/.dev ## rewrite the code in the one format
 
 bench: .venv/.dev ## speed of stage 1 on a real Kafka, as ratios to two ceilings
 	$(BIN)/python -m benchmarks.aggregate
+
+chaos: .venv/.dev ## a million events, three processes, three brokers, forty faults: billed must equal produced
+	$(BIN)/python -m tests.chaos --events 1000000 --workers 3 --partitions 12 --faults 40 --brokers 3 --seed 1
 
 exactness: .venv/.dev ## a million events on a real Kafka, twenty kills, a Stripe that fails: billed must equal produced
 	$(BIN)/python -m tests.exactness.run

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from threading import Lock
+from typing import Any
 
 import structlog
 
@@ -30,8 +31,7 @@ def ground(config: Config, clock: Clock, source: Source, topic: Topic, stages: f
 
     Raises ``StartRefused`` and the errors of the store and of the source.
     """
-    client = config.kafka_client()
-    topics = Topics.of(config.pipeline)
+    client, topics = _client(config), Topics.of(config.pipeline)
     ensure(client, topics, partitions=topic.partitions, keep_ms=int(config.limits.keep))
     facts = _begun(config, clock, source, topic, topics)
     with ExitStack() as opened:
@@ -76,7 +76,7 @@ def ground(config: Config, clock: Clock, source: Source, topic: Topic, stages: f
 
 
 def _begun(config: Config, clock: Clock, source: Source, topic: Topic, topics: Topics) -> Facts:
-    client, place = config.kafka_client(), topics.aggregate_state
+    client, place = _client(config), topics.aggregate_state
     everywhere = range(topic.partitions)
     # First: what others read meanwhile must not lie beyond the ends that are asked for then.
     at = positions(client, topics, Stage.AGGREGATE)
@@ -99,7 +99,7 @@ def _begun(config: Config, clock: Clock, source: Source, topic: Topic, topics: T
 
 def _grow(config: Config, source: Source, topics: Topics) -> int:
     """Read partitions of the source that are not recorded yet from their beginnings; returns how many it has."""
-    client = config.kafka_client()
+    client = _client(config)
     try:
         topic = source.describe()
         ensure(client, topics, partitions=topic.partitions, keep_ms=int(config.limits.keep))
@@ -114,6 +114,11 @@ def _grow(config: Config, source: Source, topics: Topics) -> int:
     grow(client, grown, processors.first_commits(config, topic, facts.bill_from, beginnings))
     log.info("partitions_added", partitions=list(new))
     return topic.partitions
+
+
+def _client(config: Config) -> dict[str, Any]:
+    # Below errors the clients say that producers have no use for what is set for consumers, and the other way round.
+    return {"log_level": "3"} | config.kafka_client()
 
 
 def _metadata_of(member: Member) -> Callable[[], bytes]:

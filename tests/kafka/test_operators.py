@@ -38,8 +38,8 @@ from consumer.storage import (
     kafka_transactions,
 )
 from consumer.storage.kafka import KafkaStore
-from consumer.storage.kafka_reading import logged, witnessed
-from consumer.storage.kafka_records import mark_in
+from consumer.storage.kafka_reading import committed, ends_of, logged, witnessed
+from consumer.storage.kafka_records import POSITION_KEY, mark_in
 from consumer.storage.kafka_reset import Standing, standing, start_over
 from consumer.storage.kafka_start import positions, recorded
 from consumer.storage.kafka_topics import partitions_of, present
@@ -353,12 +353,23 @@ def test_in_topics_what_was_billed_stays_to_be_seen_and_the_group_stands_where_t
         at = {p: each.offset for p, each in positions(client, topics, stage).items()}
         assert at == witnessed(client, topics, stage, topics_desk.topic, range(PARTITIONS))
         assert stage is AGGREGATE or at == ends
+    assert kept_by_compaction(topics_desk, DELIVER) == {POSITION_KEY}
     with topics_desk.serving(*Stage) as store:
         for stage in Stage:
             left = {partition: store.restore(stage, partition) for partition in range(PARTITIONS)}
             assert stage is AGGREGATE or not [key for each in left.values() if each for key, _ in each.entries]
             store.commit(stage, {p: Changes(each.offset, {b"k": b"v"}) for p, each in left.items() if each})
             assert all(store.restore(stage, partition) for partition in range(PARTITIONS))
+
+
+def kept_by_compaction(desk: KafkaDesk, stage: Stage) -> set[bytes]:
+    """The keys of a state that have a value."""
+    topic = desk.topics.state(stage)
+    ends = ends_of(desk.client, topic, range(PARTITIONS))
+    values: dict[tuple[int, bytes], bytes | None] = {}
+    for batch in committed(desk.client, topic, dict.fromkeys(ends, 0), ends):
+        values |= {(each.partition(), each.key()): each.value() for each in batch}
+    return {key for (_, key), value in values.items() if value is not None}
 
 
 def numbers_of_commits(desk: KafkaDesk) -> dict[tuple[Stage, int], int]:
