@@ -44,6 +44,12 @@ class Pacing:
         self._raised = 0
         self._cut = 0
 
+    def limit(self, max_rate: float) -> None:
+        """From now on this is the highest rate: the share of a process changes with its partitions."""
+        self.rate = max_rate if self.rate == self.max_rate else min(self.rate, max_rate)
+        self.max_rate = max_rate
+        self._tokens = min(self._tokens, self._depth())
+
     def wait(self, now: int) -> int:
         """Milliseconds until the next attempt; 0 means that it may be made now."""
         if now != self._filled:

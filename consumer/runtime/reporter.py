@@ -63,6 +63,7 @@ class Reporter:
         deliver: Callable[[Customers], Delivery],
         stripe: Stripe,
         outlet: Outlet,
+        spread: int,
         clock: Clock,
         customers: Customers,
         file: CustomerFile | None,
@@ -78,7 +79,8 @@ class Reporter:
             ahead: the same, to look for commands where no total may be read.
             deliver: a core for one more partition.
             stripe: where totals are sent.
-            outlet: what all cores have in common.
+            outlet: what all cores have in common, with the rate of all partitions.
+            spread: how many partitions the totals log has, whoever owns them.
             clock: the host's.
             customers: who they are at Stripe.
             file: where that is written, if it can change.
@@ -92,6 +94,8 @@ class Reporter:
         self._deliver = deliver
         self._stripe = stripe
         self.outlet = outlet
+        self._rate = outlet.pacing.max_rate / spread
+        """The share of a partition in what the account takes: the others' owners send as well."""
         self._clock = clock
         self._customers = customers
         self._file = file
@@ -196,6 +200,11 @@ class Reporter:
                 self._turns.remove(partition)
                 self._unread.let_go(number)
                 self._ahead.let_go(number)
+        self._share()
+
+    def _share(self) -> None:
+        if self.partitions:
+            self.outlet.pacing.limit(self._rate * len(self.partitions))
 
     def _take_over(self) -> None:
         for number, (offset, entries) in self.restoring.done():
@@ -206,6 +215,7 @@ class Reporter:
             partition = self.partitions[number] = Partition(delivery, offset)
             self._turns.append(partition)
             self._news.set()
+            self._share()
             log.info("totals_taken_over", partition=number, offset=offset, entries=len(entries))
         self.settled = self.settled or (self._joined and not len(self.restoring))
 

@@ -208,6 +208,7 @@ class _Service:
                 deliver=deliver,
                 stripe=self._stripe,
                 outlet=outlet,
+                spread=ground.spread,
                 clock=self._clock,
                 customers=file.customers if file else Passthrough(),
                 file=file,

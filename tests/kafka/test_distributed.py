@@ -94,6 +94,8 @@ def test_a_process_that_joins_takes_its_share_and_one_that_leaves_gives_it_back(
     assert second.metrics().sum("tallyman_consumed_total") > 0, "it has read"
     unread = sum(each.metrics().sum("tallyman_totals", state="unread") for each in (first, second))
     assert unread == 0, "over both of them, what is made is read"
+    rates = sum(each.metrics().sum("tallyman_stripe_rate") for each in (first, second))
+    assert rates == first.config["stripe"]["max_rate"], "together they send no faster than one would"
     first.stop()
     until(lambda: owned(second, AGGREGATE) == PARTITIONS, "all of them are the second one's", within=20.0)
     usage.produce()

@@ -8,11 +8,13 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
 from typer.testing import CliRunner
@@ -38,6 +40,7 @@ from consumer.storage import (
     kafka_transactions,
 )
 from consumer.storage.kafka import KafkaStore
+from consumer.storage.kafka_client import reader
 from consumer.storage.kafka_reading import committed, ends_of, logged, witnessed
 from consumer.storage.kafka_records import POSITION_KEY, mark_in
 from consumer.storage.kafka_reset import Standing, standing, start_over
@@ -420,6 +423,64 @@ def test_what_has_changed_since_it_was_judged_is_not_given_up(topics_desk: Kafka
         anew(topics_desk, seen)
 
     assert topics_desk.standing() == BUSY
+
+
+class Interrupted(dict[int, Changes]):
+    """First commits; when they are first asked for, something happens."""
+
+    happens: Callable[[], None] | None = None
+
+    def items(self) -> Any:
+        happens, self.happens = self.happens, None
+        if happens is not None:
+            happens()
+        return super().items()
+
+
+def test_a_service_that_comes_while_somebody_starts_over_keeps_what_it_has(topics_desk: KafkaDesk) -> None:
+    """It joins when it has been seen that there is none, and takes its partitions over before the offsets are held."""
+    with ExitStack() as later:
+        stores: list[KafkaStore] = []
+
+        def happens() -> None:
+            stores.append(later.enter_context(topics_desk.serving()))
+            stores[0].restore(DELIVER, 0)
+
+        topic, at = topics_desk.source.describe(), (T0 + 40 * 60) * 1000
+        changes = Interrupted(processors.first_commits(topics_desk.config, topic, at, dict.fromkeys(range(3), 0)))
+        changes.happens = happens
+        facts, seen = replace(topics_desk.facts(), bill_from=at, created_at=now()), seen_of(topics_desk)
+
+        with pytest.raises(StorageError, match="has 1 member"):
+            start_over(topics_desk.client, facts, changes, seen)
+
+        stores[0].commit(DELIVER, {0: Changes(3, {b"k": b"v"})})
+        left = stores[0].restore(DELIVER, 0)
+        assert left is not None
+        assert (left.offset, dict(left.entries)) == (3, {b"k": b"v"})
+
+
+def test_offsets_that_are_held_are_told_to_nobody_until_it_is_decided(topics_desk: KafkaDesk) -> None:
+    client, topics = topics_desk.client, topics_desk.topics
+    place, group = TopicPartition(topics.totals, 0, 5), topics.group(DELIVER)
+    record = kafka_transactions.Record(topics.outcomes, 0, b"k", b"{}")
+
+    def held() -> None:
+        with closing(reader(client, group, committed=True)) as other, pytest.raises(KafkaException):
+            other.committed([place], timeout=0.5)
+        raise LookupError
+
+    with (
+        closing(reader(client, group, committed=True)) as nobody,
+        closing(kafka_transactions.Transactions(client, topics.pipeline, within=10.0)) as transactions,
+    ):
+        offsets = kafka_transactions.Offsets([place], nobody.consumer_group_metadata())
+        with pytest.raises(LookupError):
+            transactions.run([record], offsets, held=held)
+        assert witnessed(client, topics, DELIVER, "", range(1)) == {}
+        transactions.run([record], offsets, held=lambda: None)
+    assert witnessed(client, topics, DELIVER, "", range(1)) == {0: 5}
+    assert [each.offset for each in logged(client, topics, Log.OUTCOMES)] == [0]
 
 
 def seen_of(desk: KafkaDesk) -> Standing:

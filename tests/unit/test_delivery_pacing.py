@@ -81,6 +81,20 @@ def test_the_rate_is_halved_once_a_second_and_comes_back_in_steps() -> None:
     assert pacing.rate == 1
 
 
+def test_a_share_that_changes_takes_the_rate_along_and_forgets_no_slowing_down() -> None:
+    """A process has the share of its partitions; what Stripe asked for holds on."""
+    pacing = Pacing(1000)
+    pacing.limit(250)
+    assert attempts_within(pacing, 10**12, 10 * SECOND) <= 10.1 * 250 + 1
+    pacing.limit(500)
+    assert pacing.rate == 500
+    pacing.too_fast(10**12)
+    pacing.limit(1000)
+    assert pacing.rate == 250
+    pacing.limit(100)
+    assert pacing.rate == 100
+
+
 def test_the_delay_is_the_same_for_the_same_total_and_differs_between_totals() -> None:
     """What failed together does not come back together; a replay waits as long as the first run."""
     delays = {delay(f"tm1-{number}", 5) for number in range(100)}

@@ -189,6 +189,7 @@ def families(tmp_path: Path) -> list[_Family]:
                 deliver=lambda customers: Delivery(customers=customers, in_flight=1, parked_limit=1, outlet=outlet),
                 stripe=stripe,
                 outlet=outlet,
+                spread=1,
                 clock=clock,
                 customers=Passthrough(),
                 file=None,
