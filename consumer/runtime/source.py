@@ -102,15 +102,15 @@ class Source:
     def describe(self) -> Topic:
         """The topic as it is. Raises ``SourceError`` where it is not there or Kafka cannot be asked."""
 
-        def ask() -> tuple[Any, Any, Any]:
+        def ask(admin: AdminClient) -> tuple[Any, Any, Any]:
             resource = ConfigResource(ResourceType.TOPIC, self.topic)
-            cluster = self._admin.describe_cluster(request_timeout=REQUEST_S).result()
-            topics = self._admin.describe_topics(TopicCollection([self.topic]), request_timeout=REQUEST_S)
+            cluster = admin.describe_cluster(request_timeout=REQUEST_S).result()
+            topics = admin.describe_topics(TopicCollection([self.topic]), request_timeout=REQUEST_S)
             found = topics[self.topic].result()
             return (
                 cluster,
                 found,
-                self._admin.describe_configs([resource], request_timeout=REQUEST_S)[resource].result(),
+                admin.describe_configs([resource], request_timeout=REQUEST_S)[resource].result(),
             )
 
         cluster, found, settings = self._answer(ask)
@@ -151,7 +151,7 @@ class Source:
         """Make these the group's offsets, now."""
         asked = [TopicPartition(self.topic, p, offset, str(ends)) for p, offset in offsets.items()]
 
-        def ask() -> None:
+        def ask(_: AdminClient) -> None:
             with closing(self.consumer()) as consumer:
                 consumer.commit(offsets=asked, asynchronous=False)
 
@@ -160,8 +160,8 @@ class Source:
     def topic_now(self, timeout: float) -> tuple[str, int]:
         """The topic's id and its number of partitions."""
 
-        def ask() -> tuple[str, int]:
-            topics = self._admin.describe_topics(TopicCollection([self.topic]), request_timeout=timeout)
+        def ask(admin: AdminClient) -> tuple[str, int]:
+            topics = admin.describe_topics(TopicCollection([self.topic]), request_timeout=timeout)
             found = topics[self.topic].result()
             return str(found.topic_id), len(found.partitions)
 
@@ -170,7 +170,7 @@ class Source:
     def _committed(self, partitions: Iterable[int]) -> list[TopicPartition]:
         asked = [TopicPartition(self.topic, p) for p in partitions]
 
-        def ask() -> list[TopicPartition]:
+        def ask(_: AdminClient) -> list[TopicPartition]:
             with closing(self.consumer()) as consumer:
                 return [p for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0]
 
@@ -179,19 +179,21 @@ class Source:
     def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, timeout: float = REQUEST_S) -> dict[int, int]:
         asked = {TopicPartition(self.topic, p): spec for p in partitions}
 
-        def ask() -> dict[int, int]:
-            futures = self._admin.list_offsets(
+        def ask(admin: AdminClient) -> dict[int, int]:
+            futures = admin.list_offsets(
                 asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout
             )
             return {partition.partition: future.result().offset for partition, future in futures.items()}
 
         return self._answer(ask, timeout)
 
-    def _answer(self, ask: Callable[[], T], timeout: float = REQUEST_S) -> T:
+    def _answer(self, ask: Callable[[AdminClient], T], timeout: float = REQUEST_S) -> T:
         deadline = monotonic() + timeout
         while True:
+            # Held here: the answers to a client that is garbage never come, and another thread may replace it.
+            admin = self._admin
             try:
-                return ask()
+                return ask(admin)
             except KafkaException as failed:
                 error = failed.args[0]
                 if error.name() in _UNREACHABLE:
@@ -206,7 +208,7 @@ class Source:
             sleep(AGAIN_S)
             with suppress(KafkaException):
                 # Who leads a partition is asked for once and then believed for minutes, wrong or not.
-                self._admin.list_topics(self.topic, timeout=timeout)
+                admin.list_topics(self.topic, timeout=timeout)
 
     def _explain(self, error: KafkaError) -> str:
         servers = self._client["bootstrap.servers"]

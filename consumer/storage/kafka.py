@@ -49,6 +49,7 @@ class KafkaStore:
         self._members = dict(members)
         self._logs = log_sizes(self._client, self.topics)
         self._sequences: dict[tuple[Stage, int], int] = {}
+        self._restores: dict[tuple[Stage, int], object] = {}
         self._lock = Lock()
         self._transactions = {
             stage: Transactions(self._client, f"tallyman-{facts.pipeline}-{stage}-{uuid4()}", within=COMMIT_S)
@@ -70,6 +71,9 @@ class KafkaStore:
             Unreachable: Kafka does not answer, or a transaction of somebody else does not end.
             StorageError: the state is damaged, older than what was read, or somebody else's.
         """
+        latest = object()
+        with self._lock:
+            self._restores[stage, partition] = latest
         if stage in self._transactions:
             # A commit of our own whose outcome is unknown is ended by its successor, not by the broker's timeout.
             self._transactions[stage].settle()
@@ -96,6 +100,8 @@ class KafkaStore:
         position = replay.position
         self._check(stage, partition, position, seen)
         with self._lock:
+            if self._restores[stage, partition] is not latest:
+                raise Unreachable(f"partition {partition} of {topic} is being restored once more")
             self._sequences[stage, partition] = position.sequence if position else 0
         return Restored(position.offset, _emptied(replay.entries)) if position else None
 

@@ -383,6 +383,24 @@ def replaced(first: Member, pipeline: Pipeline) -> bytes:
     return metadata
 
 
+def test_a_restore_that_has_been_overtaken_by_another_one_leaves_no_trace(pipeline: Pipeline) -> None:
+    """Given up by the one who asked, it ends when the partition has been restored and committed anew."""
+    pipeline.begin()
+    with pipeline.store() as store:
+
+        def overtaken(_read: int, _end: int) -> None:
+            if not met:
+                met.append(True)
+                store.restore(AGGREGATE, 0)
+                store.commit(AGGREGATE, {0: Changes(5)})
+
+        met: list[bool] = []
+        with pytest.raises(Unreachable, match="is being restored once more"):
+            store.restore(AGGREGATE, 0, overtaken)
+        store.commit(AGGREGATE, {0: Changes(6)})
+        assert restored(store) == (6, {})
+
+
 @pytest.mark.parametrize(
     ("happens", "reason", "settings"),
     [
@@ -656,17 +674,16 @@ def test_a_broker_that_stands_still_never_leaves_half_a_commit(
     monkeypatch.setattr(kafka_store, "COMMIT_S", 1.5)
     monkeypatch.setattr(kafka_transactions, "ABORT_S", 1.0)
     rng = random.Random(3)  # noqa: S311 - the same story each time
-    assert own_kafka._process is not None
     with closing(Pipeline(own_kafka)) as pipeline, pipeline.store() as store, ThreadPoolExecutor(1) as process:
         number = check_numbered(pipeline, store, 0, 0)
         for _ in range(3):
             committing = process.submit(commit_until_it_fails, store, number)
             time.sleep(0.1 + rng.random() * 0.1)
-            own_kafka._process.send_signal(signal.SIGSTOP)
+            own_kafka.suspend()
             try:
                 acknowledged, failure = committing.result(60.0)
             finally:
-                own_kafka._process.send_signal(signal.SIGCONT)
+                own_kafka.resume()
             assert isinstance(failure, Abandoned | OutcomeUnknown), failure
             until(own_kafka.answers, "the broker is back")
             one_more = 0 if isinstance(failure, Abandoned) else 1
@@ -685,8 +702,7 @@ class Stopping(Producer):
         if self.stops and self.after:
             super().commit_transaction(timeout)
         if self.stops:
-            assert self.broker._process is not None
-            self.broker._process.send_signal(signal.SIGSTOP)
+            self.broker.suspend()
         if self.stops and self.after:
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the answer is lost"))
         super().commit_transaction(timeout)
@@ -709,8 +725,7 @@ def test_what_became_of_a_commit_without_an_answer_is_told_by_the_restore(
             monkeypatch.setattr(Stopping, "stops", False)
             with pytest.raises(Unreachable):
                 store.restore(AGGREGATE, 0)
-            assert own_kafka._process is not None
-            own_kafka._process.send_signal(signal.SIGCONT)
+            own_kafka.resume()
             until(lambda: restores(store), "the broker is back")
             number = check_numbered(pipeline, store, number + (2 if after else 1), number + 2)
 
