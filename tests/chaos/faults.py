@@ -19,8 +19,10 @@ PATIENCE_S = 120.0
 """What a story waits for has to come within this time."""
 AIM_S = 10.0
 """For how long a story tries to catch a worker in the middle of a commit."""
-REFUSED_WITHIN_S = 13.0
-"""A commit that stands still for longer is aborted by the broker, which then need not refuse it."""
+AWAKE_WITHIN_S = 10.0
+"""A commit that stands still for longer is given up by the worker itself or by the broker: nobody refuses it."""
+TOLD_WITHIN_S = 15.0
+"""What has become of it is known by then."""
 
 ON_THE_WAY_S = 0.2
 """What a worker had sent before it was suspended is with the broker by then."""
@@ -178,10 +180,10 @@ class Faults:
         began = time.monotonic()
         before = failed_commits(worker)
         self._note(Kind.ZOMBIE_IN_COMMIT, worker)
-        yield lambda: self._observer.taken_over(stage, worker.name) or time.monotonic() - began > REFUSED_WITHIN_S
+        yield lambda: self._observer.expelled(stage, worker.name) or time.monotonic() - began > AWAKE_WITHIN_S
         worker.resume()
         woken = time.monotonic()
-        yield lambda: bool(failed_commits(worker) - before) or time.monotonic() - woken > REFUSED_WITHIN_S
+        yield lambda: bool(failed_commits(worker) - before) or time.monotonic() - woken > TOLD_WITHIN_S
         failed = failed_commits(worker) - before
         told = ", ".join(f"{each}: {how}" for each, how in failed) or "no commit of it failed"
         self._say(f"  {worker} woke in its commit after {woken - began:.1f} s; {told}")

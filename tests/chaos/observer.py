@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 
 from confluent_kafka import Consumer, ConsumerGroupState, IsolationLevel, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ConsumerGroupDescription
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from consumer import totals
@@ -50,23 +50,33 @@ class Observer:
 
     def owned(self, stage: Stage) -> dict[str, set[int]]:
         """The partitions of each worker in the stage's group; nothing while that is being decided."""
-        group = self.topics.group(stage)
-        try:
-            found = self._admin.describe_consumer_groups([group], request_timeout=ASK_S)[group].result()
-        except KafkaException:
-            return {}
-        if found.state is not ConsumerGroupState.STABLE:
+        group = self._group(stage)
+        if group is None or group.state is not ConsumerGroupState.STABLE:
             return {}
         owned: dict[str, set[int]] = {}
-        for member in found.members:
-            places = member.assignment.topic_partitions if member.assignment else []
-            owned.setdefault(member.client_id, set()).update(each.partition for each in places)
+        for member in group.members:
+            owned.setdefault(member.client_id, set()).update(e.partition for e in member.assignment.topic_partitions)
         return owned
 
     def taken_over(self, stage: Stage, worker: str) -> bool:
         """Whether others own everything, and this worker is a member no more."""
         owned = self.owned(stage)
         return worker not in owned and sum(map(len, owned.values())) == self._partitions
+
+    def expelled(self, stage: Stage, worker: str) -> bool:
+        """Whether the group has given this worker up, whoever is going to own what it had."""
+        group = self._group(stage)
+        return group is not None and all(member.client_id != worker for member in group.members)
+
+    def _group(self, stage: Stage) -> ConsumerGroupDescription | None:
+        name = self.topics.group(stage)
+        try:
+            found: ConsumerGroupDescription = self._admin.describe_consumer_groups([name], request_timeout=ASK_S)[
+                name
+            ].result()
+        except KafkaException:
+            return None
+        return found
 
     @contextmanager
     def commits(self, stage: Stage, partitions: Collection[int]) -> Iterator[Callable[[float], int | None]]:

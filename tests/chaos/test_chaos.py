@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,13 @@ def cluster() -> Iterator[LocalCluster]:
 def test_workers_that_come_and_go_and_wake_as_zombies_bill_every_event_once(kafka: Kafka, tmp_path: Path) -> None:
     """Two stand still in the middle of a commit until others have their partitions: both commits are refused."""
     plan = Plan(
-        counting=[(Kind.ZOMBIE_IN_COMMIT, AGGREGATE), (Kind.ADD, AGGREGATE), (Kind.KILL, AGGREGATE)],
-        sending=[(Kind.ZOMBIE_IN_COMMIT, DELIVER), (Kind.REMOVE, DELIVER), (Kind.KILL, DELIVER)],
+        counting=[(Kind.KILL, AGGREGATE), (Kind.ADD, AGGREGATE), (Kind.ZOMBIE_IN_COMMIT, AGGREGATE)],
+        sending=[(Kind.ZOMBIE_IN_COMMIT, DELIVER), (Kind.REMOVE, DELIVER), (Kind.ROLL, DELIVER)],
     )
     scenario = Scenario(
-        events=20_000, customers=500, minutes=4, workers=3, partitions=6, rate=2_500, burst=50, max_rate=250, seed=1
+        events=16_000, customers=150, minutes=4, workers=3, partitions=6, rate=2_500, burst=20, max_rate=1_000, seed=1
     )
-    report = prove(kafka, scenario, plan, tmp_path, print)
+    report = prove(kafka, scenario, plan, tmp_path, _stamped())
     print("\n".join(report.lines()))
     assert report.faults.total() == len(plan.counting) + len(plan.sending)
     for stage in Stage:
@@ -46,16 +47,17 @@ def test_workers_that_come_and_go_and_wake_as_zombies_bill_every_event_once(kafk
         assert report.counted_as_failed[stage, "refused"], f"the metrics do not tell of stage {stage}"
 
 
-def test_one_of_three_brokers_after_another_may_go_and_every_event_is_billed_once(
-    cluster: LocalCluster, tmp_path: Path
-) -> None:
-    """One is killed, one is restarted in good order, and then the leaders move back."""
-    plan = Plan(
-        counting=[(Kind.BROKER_KILL, AGGREGATE)], sending=[(Kind.BROKER_STOP, DELIVER), (Kind.LEADERS, DELIVER)]
-    )
+def test_one_of_three_brokers_may_go_and_every_event_is_billed_once(cluster: LocalCluster, tmp_path: Path) -> None:
+    """It is killed while events are counted, and the leaders move back to it while totals are sent."""
+    plan = Plan(counting=[(Kind.BROKER_KILL, AGGREGATE)], sending=[(Kind.LEADERS, DELIVER)])
     scenario = Scenario(
-        events=8_000, customers=300, minutes=4, workers=2, partitions=3, rate=1_500, burst=50, max_rate=200, seed=1
+        events=6_000, customers=80, minutes=4, workers=2, partitions=3, rate=2_000, burst=20, max_rate=1_000, seed=1
     )
-    report = prove(cluster, scenario, plan, tmp_path, print)
+    report = prove(cluster, scenario, plan, tmp_path, _stamped())
     print("\n".join(report.lines()))
     assert report.faults.total() == len(plan.counting) + len(plan.sending)
+
+
+def _stamped() -> Callable[[str], None]:
+    began = time.monotonic()
+    return lambda what: print(f"{time.monotonic() - began:5.1f} s  {what}")
