@@ -100,7 +100,8 @@ def redrive(
     even_old: Annotated[
         bool,
         typer.Option(
-            "--even-old", help="Also those older than deduplicate_for: counted twice if ever redriven before."
+            "--even-old",
+            help="Also those older than deduplicate_for, or than the last reset: counted twice if ever counted before.",
         ),
     ] = False,
     yes: Yes = False,

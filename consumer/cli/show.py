@@ -299,6 +299,11 @@ def redriven(done: Redriven, what: str, topic: str) -> None:
             f"{done.old} not, because they are older than deduplicate_for: one that was redriven before would count "
             "twice; add --even-old if you know that none was"
         )
+    if done.earlier:
+        typer.echo(
+            f"{done.earlier} not, because they are from before the pipeline began anew, which has read the topic again "
+            "from then on; add --even-old if you know that it has not read these"
+        )
     if done.gone:
         typer.echo(
             f"{len(done.gone)} not, because they were kept in the topic alone and are gone from it: {_some(done.gone)}"

@@ -115,6 +115,8 @@ class Redriven:
     """Not produced, because they were redriven before."""
     old: int = 0
     """Not produced, because they are older than ``deduplicate_for``."""
+    earlier: int = 0
+    """Not produced, because they were buried before the pipeline began anew, which has read their events again."""
     gone: list[int] = field(default_factory=list)
     """Numbers of those that were kept in the topic alone, and cannot be read there any more."""
     refused: list[int] = field(default_factory=list)
@@ -130,7 +132,8 @@ class Permissions:
     again: bool = False
     """Those that were redriven before."""
     even_old: bool = False
-    """Those older than ``deduplicate_for``: of an earlier redrive nothing may be remembered any more."""
+    """Those older than ``deduplicate_for``, or than the pipeline's last beginning: of an earlier redrive nothing may be
+    remembered any more."""
 
 
 def redrive(
@@ -156,12 +159,15 @@ def redrive(
             f"{topic.name} ({topic.topic_id}): nothing was produced. Correct the configuration."
         )
     done = Redriven()
-    oldest = None if allowed.even_old else now - int(config.windows.deduplicate_for)
-    chosen = (each for each in letters(store, wanted) if _may(each, done, again=allowed.again, oldest=oldest))
+    begun = facts.created_at if facts is not None else 0
+    oldest = now - int(config.windows.deduplicate_for)
+    chosen = (each for each in letters(store, wanted) if _may(each, done, allowed, oldest=oldest, begun=begun))
     with closing(source.consumer()) as consumer:
         producer = _Again(config, topic.name)
         while batch := list(islice(chosen, BATCH)):
-            found = [(each, whole) for each in batch if (whole := _whole(each, consumer, source, done)) is not None]
+            whole = [(each, _whole(each, consumer, source, begun=begun)) for each in batch]
+            done.gone += [each.number for each, event in whole if event is None]
+            found = [(each, event) for each, event in whole if event is not None]
             if not dry_run:
                 found = _produced(found, producer, store, done)
             done.produced += len(found)
@@ -171,24 +177,24 @@ def redrive(
     return done
 
 
-def _may(each: Letter, done: Redriven, *, again: bool, oldest: int | None) -> bool:
-    if each.redriven_at is not None and not again:
+def _may(each: Letter, done: Redriven, allowed: Permissions, *, oldest: int, begun: int) -> bool:
+    if each.redriven_at is not None and not allowed.again:
         done.before += 1
-    elif oldest is not None and each.letter.timestamp < oldest:
+    elif each.record.appended_at < begun and not allowed.even_old:
+        done.earlier += 1
+    elif each.letter.timestamp < oldest and not allowed.even_old:
         done.old += 1
     else:
         return True
     return False
 
 
-def _whole(each: Letter, consumer: Consumer, source: Source, done: Redriven) -> DeadLetter | None:
-    """The letter with its event, from the topic where it is not kept here."""
+def _whole(each: Letter, consumer: Consumer, source: Source, *, begun: int) -> DeadLetter | None:
+    """The letter with its event, from the topic where it is not kept here; None where it is gone."""
     if each.kept:
         return each.letter
-    fetched = _fetch(each.letter, consumer, source)
-    if fetched is None:
-        done.gone.append(each.number)
-    return fetched
+    # Before the pipeline's beginning the topic may have been another one, with other events at the same offsets.
+    return None if each.record.appended_at < begun else _fetch(each.letter, consumer, source)
 
 
 def _fetch(letter: DeadLetter, consumer: Consumer, source: Source) -> DeadLetter | None:

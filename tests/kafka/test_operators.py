@@ -297,6 +297,24 @@ def test_marks_are_records_behind_their_letters_and_no_letters_themselves(topics
     assert all(mark.partition == partition for partition, mark in marks.items())
 
 
+def test_letters_from_before_a_reset_are_not_redriven_unasked(topics_desk: KafkaDesk) -> None:
+    """They stay in their log. An event that was too large to be kept may not be what lies at its offset now."""
+    topics_desk.bury(letter(1), letter(2, value=None))
+    assert topics_desk.tallyman("reset", "--bill-from", RIGHT, "--yes").exit_code == 0
+    topics_desk.bury(letter(3))
+
+    done = topics_desk.tallyman("dead-letters", "redrive", "--yes")
+
+    assert done.stdout.startswith(
+        f"1 dead letters were produced to {topics_desk.topic} again (1 value_missing)\n"
+        "2 not, because they are from before the pipeline began anew"
+    )
+    assert [each["redriven_at"] is None for each in topics_desk.answer("dead-letters", "list")] == [False, True, True]
+    forced = topics_desk.tallyman("dead-letters", "redrive", "--even-old", "--yes")
+    assert forced.stdout.startswith("1 dead letters were produced")
+    assert "1 not, because they were kept in the topic alone and are gone from it" in forced.stdout
+
+
 # Starting over
 
 
