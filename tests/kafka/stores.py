@@ -43,7 +43,7 @@ class Member:
             self.consumer.poll(0.05)
             return len(self.owned) == partitions
 
-        until(holds, f"{partitions} partitions are assigned", within=30.0)
+        until(holds, f"{partitions} partitions are assigned", within=60.0)
 
     def until_shares(self, other: Member, partitions: int) -> None:
         """Wait until the two of them have so many partitions, and each has some; members move only if both poll."""
@@ -53,7 +53,7 @@ class Member:
                 each.consumer.poll(0.05)
             return bool(self.owned and other.owned) and len(self.owned | other.owned) == partitions
 
-        until(holds, f"{partitions} partitions are shared", within=30.0)
+        until(holds, f"{partitions} partitions are shared", within=60.0)
 
     def close(self) -> None:
         self.consumer.close()

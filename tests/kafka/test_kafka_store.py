@@ -675,6 +675,7 @@ def test_a_broker_that_stands_still_never_leaves_half_a_commit(
     monkeypatch.setattr(kafka_transactions, "ABORT_S", 1.0)
     rng = random.Random(3)  # noqa: S311 - the same story each time
     with closing(Pipeline(own_kafka)) as pipeline, pipeline.store() as store, ThreadPoolExecutor(1) as process:
+        until(lambda: restores(store), "the broker is ready for transactions")
         number = check_numbered(pipeline, store, 0, 0)
         for _ in range(3):
             committing = process.submit(commit_until_it_fails, store, number)
@@ -715,6 +716,7 @@ def test_what_became_of_a_commit_without_an_answer_is_told_by_the_restore(
     monkeypatch.setattr(kafka_transactions, "Producer", Stopping)
     monkeypatch.setattr(Stopping, "broker", own_kafka, raising=False)
     with closing(Pipeline(own_kafka)) as pipeline, pipeline.store() as store:
+        until(lambda: restores(store), "the broker is ready for transactions")
         number = check_numbered(pipeline, store, 0, 0)
         for after in (False, True):
             monkeypatch.setattr(Stopping, "after", after)
