@@ -7,16 +7,20 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 
 from confluent_kafka import Consumer, ConsumerGroupState, IsolationLevel, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, ConsumerGroupDescription
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._group import ConsumerGroupDescription
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from consumer import totals
 from consumer.sandbox.kafka import Kafka
 from consumer.storage import Log, Stage
+from consumer.storage.kafka_client import asked
 from consumer.storage.kafka_topics import Topics
 
 ASK_S = 5.0
 STABLE_S = 0.5
+MOVED_S = 30.0
+"""For so long somebody may look for the broker that leads a partition now."""
 
 
 class Observer:
@@ -138,9 +142,13 @@ class Observer:
 
     def _ends(self, topic: str, partitions: Collection[int], isolation: IsolationLevel) -> dict[int, int]:
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # the client has no type for it
-        asked = {TopicPartition(topic, partition): latest for partition in partitions}
-        found = self._admin.list_offsets(asked, isolation_level=isolation, request_timeout=ASK_S)
-        return {place.partition: future.result().offset for place, future in found.items()}
+        wanted = {TopicPartition(topic, partition): latest for partition in partitions}
+
+        def ask(within: float) -> dict[int, int]:
+            found = self._admin.list_offsets(wanted, isolation_level=isolation, request_timeout=min(within, ASK_S))
+            return {place.partition: future.result().offset for place, future in found.items()}
+
+        return asked(ask, f"the ends of {topic}", within=MOVED_S, refresh=self._admin)
 
     def _consumer(self, group: str, *, committed: bool) -> Consumer:
         return Consumer(
