@@ -138,6 +138,7 @@ class Intake:
     def assigned(self, partitions: Collection[int]) -> None:
         """Restore these, and read them as soon as that is done."""
         self._joined = True
+        self._drop(partitions)
         self._owned.update(partitions)
         for number in partitions:
             self.restoring.begin(number)

@@ -1,7 +1,7 @@
 """What Prometheus sees. What counts events and totals is read from committed books, so that no crash falsifies it."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import confluent_kafka
@@ -68,16 +68,25 @@ class Requests:
 class State(Collector):
     """The stages that this process runs, as they are when Prometheus asks."""
 
-    def __init__(self, intake: Intake | None, reporter: Reporter | None, clock: Clock) -> None:
+    def __init__(
+        self,
+        intake: Intake | None,
+        reporter: Reporter | None,
+        clock: Clock,
+        kafka_silent_since: Callable[[], int | None],
+    ) -> None:
         self._intake = intake
         self._reporter = reporter
         self._clock = clock
+        self._kafka_silent_since = kafka_silent_since
 
     def collect(self) -> Iterator[Metric]:
         """All families. Read from other threads than those that write: nothing here waits or locks."""
         yield from self._build()
+        yield GaugeMetricFamily(
+            "tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", self._kafka_silent_since() is None
+        )
         if self._intake is not None:
-            yield from self._source(self._intake)
             yield from self._events(self._intake)
             yield from self._partitions(self._intake)
             yield from self._meters(self._intake)
@@ -94,11 +103,6 @@ class State(Collector):
             "librdkafka": confluent_kafka.libversion()[0],
         }
         yield InfoMetricFamily("tallyman_build", "What is running.", versions)
-
-    def _source(self, intake: Intake) -> Iterator[Metric]:
-        yield GaugeMetricFamily(
-            "tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", intake.kafka_silent_since is None
-        )
 
     def _events(self, intake: Intake) -> Iterator[Metric]:
         events = CounterMetricFamily(

@@ -181,6 +181,7 @@ class Reporter:
 
     def _own(self, partitions: Collection[int]) -> None:
         self._joined = True
+        self._drop(partitions)
         self._owned.update(partitions)
         for number in partitions:
             self.restoring.begin(number)

@@ -26,7 +26,7 @@ from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
 from consumer.runtime.metrics import Requests, State
 from consumer.runtime.reporter import Reporter
-from consumer.runtime.source import Source, SourceSilent, Topic
+from consumer.runtime.source import Source, SourceError, SourceSilent, Topic
 from consumer.runtime.stripe import Stripe
 from consumer.storage import Stage, Unreachable
 from consumer.storage.sqlite import SqliteStore
@@ -38,6 +38,7 @@ STUCK_MS: Final = 120_000
 EXPIRE_EVERY_S: Final = 600.0
 LOOK_EVERY_S: Final = 0.05
 BEGIN_AGAIN_S: Final = 1.0
+ASK_EVERY_S: Final = 5.0
 BOTH: Final = frozenset(Stage)
 LIVE_RATE: Final = 1_000.0
 SANDBOX_RATE: Final = 25.0
@@ -137,6 +138,7 @@ class _Service:
         self._source = source
         self._wanted = stages
         self._waits_for: str | None = None
+        self._unanswered_since: int | None = None
         self._stopping = Event()
         self._intake: Intake | None = None
         self._intake_failure: BaseException | None = None
@@ -159,7 +161,7 @@ class _Service:
             try:
                 self._waits_for = None
                 self._prepare(ground, requests)
-                registry.register(State(self._intake, self._reporter, self._clock))
+                registry.register(State(self._intake, self._reporter, self._clock, lambda: self._silent_since))
                 await self._stages(ground, port)
             finally:
                 await asyncio.to_thread(ground.close)
@@ -244,7 +246,9 @@ class _Service:
             Thread(target=self._read, args=(self._intake, intake_done), name="intake", daemon=True).start()
         reading = asyncio.create_task(intake_done.wait()) if self._intake else None
         delivering = asyncio.create_task(self._reporter.run(self._stop)) if self._reporter else None
-        aside = [asyncio.create_task(self._say_started(port)), asyncio.create_task(self._expire(ground))]
+        aside = [
+            asyncio.create_task(each) for each in (self._say_started(port), self._expire(ground), self._ask_kafka())
+        ]
         running: list[asyncio.Task[Any]] = [each for each in (reading, delivering) if each is not None]
         try:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -285,6 +289,26 @@ class _Service:
             self._intake_failure = failure
         self._loop.call_soon_threadsafe(done.set)
 
+    async def _ask_kafka(self) -> None:
+        """Where nobody reads the source, nobody else would notice that Kafka is away."""
+        while self._intake is None:
+            try:
+                await asyncio.to_thread(self._source.topic_now, ASK_EVERY_S)
+            except SourceError as failed:
+                if self._unanswered_since is None:
+                    self._unanswered_since = self._clock.now()
+                    log.warning("kafka_silent", reason=str(failed))
+            else:
+                if self._unanswered_since is not None:
+                    self._unanswered_since = None
+                    log.info("kafka_answers")
+            await asyncio.sleep(ASK_EVERY_S)
+
+    @property
+    def _silent_since(self) -> int | None:
+        """The time of day since which Kafka has not answered; None while it does."""
+        return self._unanswered_since if self._intake is None else self._intake.kafka_silent_since
+
     async def _expire(self, ground: Ground) -> None:
         """Delete what has been kept for long enough, a little at a time."""
         if ground.expire is None or self._reporter is None:
@@ -316,8 +340,8 @@ class _Service:
                 for number, partition in list(self._intake.partitions.items())
                 if partition.held
             ]
-            if self._intake.kafka_silent_since is not None:
-                reasons.append(f"Kafka has not answered since {start.shown(self._intake.kafka_silent_since)}")
+        if self._silent_since is not None:
+            reasons.append(f"Kafka has not answered since {start.shown(self._silent_since)}")
         if self._reporter is not None:
             if self._reporter.outlet.gate.shut:
                 reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.outlet.gate.shut}")

@@ -12,6 +12,7 @@ from confluent_kafka.admin._resource import ResourceType
 
 from consumer.sandbox.kafka import KafkaUnavailableError, LocalKafka
 from consumer.sandbox.kafka_cluster import LocalCluster
+from consumer.storage import Stage
 from tests.kafka.harness import Bench, Service, Topic, bench, until
 from tests.kafka.test_distributed import Usage, owned, worker
 
@@ -71,6 +72,17 @@ def test_a_start_that_waits_for_kafka_can_be_stopped(on: Bench, topic: Topic, ow
     own_kafka.stop()
     service.spawn()
     service.until(lambda: "kafka_silent" in service.log(), "it waits")
+    service.stop()
+
+
+def test_who_only_sends_notices_that_kafka_is_away(on: Bench, topic: Topic, own_kafka: LocalKafka) -> None:
+    service = worker(on, topic, Stage.DELIVER)
+    service.start()
+    own_kafka.kill()
+    service.until(lambda: "Kafka has not answered since" in service.get("/readyz")[1], "it says so")
+    assert service.metrics().sum("tallyman_kafka_up") == 0
+    own_kafka.start()
+    service.until(lambda: service.get("/readyz")[0] == 200, "it is ready again")
     service.stop()
 
 

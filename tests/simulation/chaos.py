@@ -8,10 +8,10 @@ from consumer.deliver.ledger import PREFIX
 from consumer.storage import Stage
 from consumer.totals import Command
 from tests.simulation.stripe import Mood
-from tests.simulation.world import CUSTOMERS, SMALL_STEP, Run, Violation, World
+from tests.simulation.world import CUSTOMERS, SMALL_STEP, Run, Violation, Worker, World
 from tests.unit.stage1 import DAY, HOUR, MINUTE, SECOND
 
-STEPS: Final = 260
+STEPS: Final = 320
 PATIENCE: Final = 12 * HOUR
 """In calm weather everything has ended by then: revisions are due within the hour, retries within minutes."""
 
@@ -25,9 +25,21 @@ def wait(world: World) -> None:
     world.move(milliseconds)
 
 
+def victim(world: World) -> Worker:
+    """Somebody; rather one who is just sending or committing."""
+    wanted = world.random.choice(("anybody", "sends", "commits"))
+    found = [
+        worker
+        for worker in world.workers
+        if (wanted == "sends" and worker.reporter.sending)
+        or (wanted == "commits" and any(shell.commits for shell in worker.shells))
+    ]
+    return world.random.choice(found or world.workers)
+
+
 def crash(world: World) -> None:
     """One process, or all."""
-    for worker in world.workers if world.chance(0.2) else [world.random.choice(world.workers)]:
+    for worker in world.workers if world.chance(0.2) else [victim(world)]:
         if worker.turns:
             world.note("%s crashes", worker.id)
             worker.kill()
@@ -40,26 +52,38 @@ def revive(world: World) -> None:
         if not worker.turns and world.chance(0.6):
             world.note("%s %s", worker.id, "wakes" if worker.paused else "starts again")
             if worker.paused:
-                worker.paused, worker.silent_since = False, None
+                worker.wake()
             else:
                 worker.start()
+        if worker.stalled and world.chance(0.3):
+            world.note("%s turns again", worker.id)
+            worker.turn_again()
 
 
 def pause(world: World) -> None:
     """A process stands still, wherever it is; often longer than its session, sometimes for days."""
-    busy = [worker for worker in world.workers if worker.reporter.sending]
-    worker = world.random.choice(busy if busy and world.chance(0.7) else world.workers)
+    worker = victim(world)
     if worker.turns:
         world.note("%s is paused", worker.id)
-        worker.paused, worker.silent_since = True, world.time
+        worker.pause()
         world.met["pause"] += 1
 
 
+def stall(world: World) -> None:
+    """A loop hangs, in whatever; its process goes on to send and to hear, perhaps for longer than it is a member."""
+    worker = victim(world)
+    if worker.turns:
+        shell = world.random.choice([shell for shell in worker.shells if shell.commits] or worker.shells)
+        world.note("%s stalls in stage %s", worker.id, shell.stage)
+        worker.stall(shell)
+        world.met["stall"] += 1
+
+
 def rebalance(world: World) -> None:
-    """Partitions move."""
+    """Partitions move, some or all."""
     stage = world.random.choice((Stage.AGGREGATE, Stage.DELIVER))
     world.note("%s rebalances", stage)
-    world.groups[stage].rebalance(world.time)
+    world.groups[stage].rebalance(world.time, mixing=True)
     world.met["rebalance"] += 1
 
 
@@ -168,6 +192,7 @@ EVENTS: Final[tuple[tuple[str, float, Callable[[World], None]], ...]] = (
     ("", 14, wait),
     ("crash", 4, crash),
     ("pause", 4, pause),
+    ("stalls", 4, stall),
     ("rebalance", 4, rebalance),
     ("", 4, change_mood),
     ("away", 2, go_away),
@@ -198,8 +223,8 @@ def storm(world: World) -> None:
         if random.random() < WORK / (WORK + sum(weights)):
             for worker in world.workers:
                 if worker.turns:
-                    for _ in range(random.randrange(1, 6)):
-                        worker.step(random.randrange(4))
+                    for _ in range(random.randrange(1, 8)):
+                        worker.step(random.randrange(5))
         else:
             random.choices(events, weights)[0][1](world)
 
@@ -217,8 +242,9 @@ def calm_down(world: World) -> None:
             log.decide(transaction, commit=True)
     for worker in world.workers:
         worker.skew = worker.years = 0
+        worker.turn_again()
         if worker.paused:
-            worker.paused, worker.silent_since = False, None
+            worker.wake()
         elif not worker.turns:
             worker.start()
     released: set[str] = set()
@@ -229,6 +255,8 @@ def calm_down(world: World) -> None:
             for _ in range(2):
                 worker.step(0)
                 worker.step(1)
+                for _ in range(sum(len(shell.threads) for shell in worker.shells)):
+                    worker.step(4)
                 while worker.reporter.sending:
                     worker.step(2)
                 while worker.reporter.answers:
@@ -243,7 +271,7 @@ def calm_down(world: World) -> None:
 def idle(world: World, patience: int) -> int:
     """How long nothing happens by itself; what waits for who knows what is looked at after ``patience``."""
     times = [] if world.next_event is None else [world.next_event]
-    owned = 0
+    owned = sum(len(worker.reporter.deliveries) for worker in world.workers) - len(world.store.totals)
     for worker in world.workers:
         times.extend(delivery.wake(world.time) or 0 for delivery in worker.reporter.deliveries.values())
         for each in worker.intake.partitions.values():
@@ -264,6 +292,8 @@ def at_rest(world: World, released: set[str]) -> bool:
     if (
         world.next_event is not None
         or world.store.pending
+        or not all(group.settled for group in world.groups.values())
+        or any(shell.jobs for worker in world.workers for shell in worker.shells)
         or len(intakes) < len(world.source)
         or sum(len(each.deliveries) for each in deliveries) < len(world.store.totals)
         or any(each.read_to < world.source[number].end for number, each in intakes)
@@ -300,11 +330,10 @@ def stop(world: World) -> None:
     """Every process ends in good order."""
     for worker in world.workers:
         worker.stopping = True
-        stages = worker.stages
-        while stages:
-            for stage in list(stages):
-                if next(stage, "over") == "over":
-                    stages.remove(stage)
+        while worker.loops:
+            for stage, loop in list(worker.loops.items()):
+                if next(loop, "over") == "over":
+                    del worker.loops[stage]
 
 
 def parked(world: World) -> dict[str, Reason | None]:

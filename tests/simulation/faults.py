@@ -28,8 +28,11 @@ from consumer.deliver.schedule import Live, Phase, Schedule
 from consumer.events import Event
 from consumer.storage import Changes, Restored, Stage
 from consumer.totals import Total
-from tests.simulation.shells import Intake, Reporter, Shell, Steps
-from tests.simulation.store import Group, NotDoneError, SimulatedStore, State, Transaction
+from tests.simulation.groups import Client, Metadata
+from tests.simulation.intake import Intake
+from tests.simulation.reporter import Reporter
+from tests.simulation.shells import Job, Shell, Steps
+from tests.simulation.store import NotDoneError, SimulatedStore, State, Transaction
 from tests.unit.stage1 import HOUR
 
 
@@ -195,7 +198,6 @@ def _clock_after_end() -> Iterator[None]:
             return
         end = self.asked_end(number)
         yield from self.effect()
-        yield from self.effect()
         self.move_on(each, end, self.worker.wild_now(), self.worker.elapsed())
 
     with patch.object(Intake, "look_at_end", look_at_end):
@@ -231,12 +233,89 @@ def _unfenced() -> Iterator[None]:
 
 
 @fault(
-    "the group is asked who we are when the commit is sent, not when it starts",
+    "the group is asked who we are when it commits, not when it was polled",
     "Partitions were lost and won in between: the new generation covers for what was computed in the old one.",
     within=60,
 )
-def _metadata_late() -> Iterator[None]:
-    with patch.object(Group, "belongs", lambda self, member: member.name in self._members):
+def _metadata_fresh() -> Iterator[None]:
+    def fresh(self: Shell) -> Metadata:
+        return self.client.metadata
+
+    with patch.object(Shell, "credentials", fresh):
+        yield
+
+
+@fault(
+    "a partition that was revoked is committed still",
+    "The group checks who commits, and not what: the state is written over that of the new owner.",
+    within=60,
+)
+def _not_cut() -> Iterator[None]:
+    def keeps(self: Shell, partitions: Any) -> None:
+        self.owned.difference_update(partitions)
+        for number in partitions:
+            self.give_up(number)
+
+    with patch.object(Shell, "lost", keeps):
+        yield
+
+
+@fault(
+    "a restore is taken for another one of the same partition",
+    "The partition was lost while it was restored, worked on elsewhere, and won again: its state is as old as that.",
+    within=60,
+)
+def _any_restore() -> Iterator[None]:
+    def any_(self: Shell, job: Job) -> bool:
+        return job.partition in self.jobs
+
+    with patch.object(Shell, "wants", any_):
+        yield
+
+
+@fault(
+    "what was taken back while it was restored is taken over",
+    "Two work on one partition: what the second one reads is never committed, or what it sends is sent twice.",
+    within=60,
+)
+def _not_given_up() -> Iterator[None]:
+    def all_(self: Shell, job: Job) -> bool:
+        self.jobs[job.partition] = job
+        return True
+
+    with patch.object(Shell, "wants", all_):
+        yield
+
+
+@fault(
+    "the state is kept after a commit that failed",
+    "What it was to make durable is written down nowhere, and is not in the next one either.",
+    within=20,
+)
+def _kept_after_failure() -> Iterator[None]:
+    make_durable = Shell.make_durable
+
+    def forgives(self: Shell, changes: dict[int, Changes]) -> Steps:
+        numbers = dict(self.numbers)
+        try:
+            yield from make_durable(self, changes)
+        except NotDoneError:
+            self.numbers = numbers
+
+    with patch.object(Shell, "make_durable", forgives):
+        yield
+
+
+@fault(
+    "after a commit that failed nothing is restored",
+    "The partition is ours, and stands still for ever.",
+    within=20,
+)
+def _not_restored() -> Iterator[None]:
+    def stands_still(self: Shell, partitions: Any) -> None:
+        self.drop(partitions)
+
+    with patch.object(Shell, "failed", stands_still):
         yield
 
 
@@ -295,9 +374,9 @@ def _tail_dropped() -> Iterator[None]:
 def _offset_trusted() -> Iterator[None]:
     restore = SimulatedStore.restore
 
-    def trusting(self: SimulatedStore, stage: Stage, partition: int) -> Restored | None:
-        found = restore(self, stage, partition)
-        return found if (stage, partition) in self.witness else None
+    def trusting(self: SimulatedStore, stage: Stage, partition: int, reader: Client) -> tuple[Restored | None, int]:
+        restored, number = restore(self, stage, partition, reader)
+        return restored if (stage, partition) in self.witness else None, number
 
     with patch.object(SimulatedStore, "restore", trusting):
         yield
@@ -323,11 +402,13 @@ def _unknown_kept() -> Iterator[None]:
     make_durable = Shell.make_durable
 
     def again(self: Shell, changes: dict[int, Changes]) -> Steps:
+        numbers = dict(self.numbers)
         try:
             yield from make_durable(self, changes)
         except NotDoneError as failed:
             if "no answer" not in str(failed):
                 raise
+            self.numbers = numbers
             yield from make_durable(self, changes)
 
     with patch.object(Shell, "make_durable", again):
@@ -343,17 +424,16 @@ def _unknown_kept() -> Iterator[None]:
     within=30,
 )
 def _send_first() -> Iterator[None]:
-    def commit(self: Reporter, *, all_: bool = False) -> Steps:
-        changes = {}
-        for number, each in self.deliveries.items():
-            if (all_ or each.due) and (changed := each.commit(self.worker.now())) is not None:
-                changes[number] = changed
-                each.committed()
-                self.give_out(each)
-        if changes:
-            yield from self.make_durable(changes)
+    changes = Reporter.changes
 
-    with patch.object(Reporter, "commit", commit):
+    def send(self: Reporter, partitions: Any) -> dict[int, Changes]:
+        found = changes(self, partitions)
+        for number in found:
+            self.deliveries[number].committed()
+            self.give_out(self.deliveries[number])
+        return found
+
+    with patch.object(Reporter, "changes", send), patch.object(Reporter, "committed", lambda *_: None):
         yield
 
 
@@ -608,4 +688,14 @@ def _keeps_its_turn() -> Iterator[None]:
         self._sent = 0
 
     with patch.object(Schedule, "drop", half):
+        yield
+
+
+@fault(
+    "a partition is given back, and its requests keep the outlet",
+    "The others wait for answers that nobody hears: while Stripe is down they never probe.",
+    within=20,
+)
+def _outlet_kept() -> Iterator[None]:
+    with patch.object(Reporter, "let_go", lambda *_: None):
         yield

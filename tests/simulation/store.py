@@ -1,23 +1,20 @@
-"""The distributed store, as the contract of a Kafka transaction has it, and the groups that own its partitions.
+"""The distributed store, as the contract of a Kafka transaction has it.
 
-A commit is one atomic step: entries, appended records, the offset and the group's offset. It is begun (here the group
-looks whose it is) and later finished; in between it is pending, and nobody restores what it concerns.
+A commit is one atomic step: entries, appended records, the offset and the group's offset. It is opened, the group is
+told the offsets and looks whose they are, and it is finished. In between nobody restores what it concerns.
 """
 
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from random import Random
 
 from consumer.deliver.entries import Outcome, decode_outcome
 from consumer.storage import Append, Changes, Log, Restored, Stage, StorageError
 from consumer.totals import Record, decode
+from tests.simulation.groups import Client, Group, Metadata
 
 TRANSACTION_MS = 15_000
 """After so long the broker aborts what nobody ends."""
-SESSION_MS = 30_000
-PATIENCE_MS = 20_000
-"""How long a rebalance waits for members to give back what they have."""
 
 
 class NotDoneError(StorageError):
@@ -28,85 +25,16 @@ class UnstableError(StorageError):
     """A commit of this partition is pending: wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Whom the group knows, as of the generation in which it was told its partitions."""
-
-    name: str
-    generation: int
-    partitions: tuple[int, ...]
-
-
-class Group:
-    """Members give everything back in a rebalance; who does not in time is not asked any more."""
-
-    def __init__(self, partitions: int, random: Random) -> None:
-        self.generation = 0
-        self.rebalances = 0
-        self._partitions = list(range(partitions))
-        self._random = random
-        self._members: dict[str, Member] = {}
-        self._waiting: dict[str, None] = {}
-        self._since: int | None = None
-
-    def join(self, name: str, now: int) -> None:
-        """Ask for partitions; ``member`` tells when there are some."""
-        self._waiting[name] = None
-        self.rebalance(now)
-
-    def leave(self, name: str, now: int) -> None:
-        """Go away in good order."""
-        self._waiting.pop(name, None)
-        if self._members.pop(name, None):
-            self.rebalance(now)
-
-    def rebalance(self, now: int) -> None:
-        """Everybody has to give back what they have."""
-        if self._since is None:
-            self._since = now
-
-    def member(self, name: str) -> Member | None:
-        """What a member was given, once that is decided."""
-        return None if self._since is not None else self._members.get(name)
-
-    def calls_back(self, member: Member) -> bool:
-        """Whether a member has to give back its partitions."""
-        return self._since is not None or self._members.get(member.name) is not member
-
-    def belongs(self, member: Member) -> bool:
-        """Whether a commit in this member's name is taken."""
-        return self._members.get(member.name) is member
-
-    def settle(self, now: int, silent: Callable[[str], int]) -> None:
-        """Strike off whoever has been silent for too long; end the rebalance when all have joined, or time is up."""
-        for name in [*self._members, *self._waiting]:
-            if silent(name) > SESSION_MS:
-                self._waiting.pop(name, None)
-                if self._members.pop(name, None):
-                    self.rebalance(now)
-        if self._since is None or not self._waiting:
-            return
-        if self._members.keys() <= self._waiting.keys() or now - self._since > PATIENCE_MS:
-            self.generation += 1
-            names = list(self._waiting)
-            self._random.shuffle(names)
-            self._random.shuffle(self._partitions)
-            share = len(names)
-            self._members = {
-                name: Member(name, self.generation, tuple(sorted(self._partitions[place::share])))
-                for place, name in enumerate(names)
-            }
-            self._waiting.clear()
-            self._since = None
-            self.rebalances += 1
-
-
 @dataclass(slots=True)
 class State:
     """What is durable of one processor."""
 
     offset: int = 0
     entries: dict[bytes, bytes] = field(default_factory=dict)
+    number: int = 0
+    """Of the last commit."""
+    torn: bool = False
+    """A number has come twice: two have written it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -114,8 +42,13 @@ class Transaction:
     """A commit that has begun."""
 
     stage: Stage
+    author: Client
     changes: dict[int, Changes]
+    numbers: dict[int, int]
+    """Of each partition's commits, which one this is."""
     began: int
+    asked: bool = False
+    """Whether the broker has been asked to commit it, and will do so."""
 
 
 class SimulatedStore:
@@ -140,29 +73,51 @@ class SimulatedStore:
         self._clock = clock
         self._applied = applied
 
-    def restore(self, stage: Stage, partition: int) -> Restored | None:
-        """The processor's last commit; raises ``UnstableError`` while another may still become it."""
+    def restore(self, stage: Stage, partition: int, reader: Client) -> tuple[Restored | None, int]:
+        """The processor's last commit and its number; raises ``UnstableError`` while another may still become it."""
+        self.settle(reader)
         if self.unstable(stage, partition):
             raise UnstableError
         state = self.states.get((stage, partition))
         seen = self.witness.get((stage, partition))
         if seen is not None and (state is None or state.offset < seen):
             raise StorageError(f"{stage} {partition}: the state is older than what the group has read")
-        return Restored(state.offset, iter(list(state.entries.items()))) if state else None
+        if state is None:
+            return None, 0
+        if state.torn:
+            raise StorageError(f"{stage} {partition}: two processes have written it")
+        return Restored(state.offset, iter(list(state.entries.items()))), state.number
 
     def unstable(self, stage: Stage, partition: int) -> bool:
         """Whether a commit that concerns the partition is not decided."""
         return any(each.stage is stage and partition in each.changes for each in self.pending)
 
-    def begin(self, stage: Stage, member: Member, changes: Mapping[int, Changes]) -> Transaction:
-        """Write everything, offsets included, and leave it to be decided."""
-        if not self.current(stage, member):
-            raise NotDoneError(f"{member.name} of generation {member.generation} is no member any more")
-        transaction = Transaction(stage, dict(changes), self._clock())
+    def settle(self, author: Client) -> None:
+        """Decide what its own process has left open: the successor of a producer ends what that began."""
+        for transaction in [each for each in self.pending if each.author is author]:
+            if transaction.asked:
+                self.finish(transaction)
+            else:
+                self.abort(transaction)
+
+    def open(
+        self, stage: Stage, author: Client, changes: Mapping[int, Changes], numbers: Mapping[int, int]
+    ) -> Transaction:
+        """Write everything but the offsets, and leave it to be decided."""
+        self.settle(author)
+        transaction = Transaction(stage, author, dict(changes), dict(numbers), self._clock())
         self.pending.append(transaction)
         return transaction
 
-    def current(self, stage: Stage, member: Member) -> bool:
+    def send_offsets(self, transaction: Transaction, member: Metadata) -> None:
+        """Tell the group; it takes them from members of its generation alone."""
+        if transaction not in self.pending:
+            raise NotDoneError("the broker aborted it")
+        if not self.current(transaction.stage, member):
+            self.abort(transaction)
+            raise NotDoneError(f"{member.id} of generation {member.generation} is no member any more")
+
+    def current(self, stage: Stage, member: Metadata) -> bool:
         """Whether the group takes offsets from this member."""
         return self.groups[stage].belongs(member)
 
@@ -174,6 +129,9 @@ class SimulatedStore:
         self.commits += 1
         for partition, changes in transaction.changes.items():
             self.apply(transaction.stage, partition, changes)
+            state = self.states[transaction.stage, partition]
+            state.torn = state.torn or transaction.numbers[partition] != state.number + 1
+            state.number = transaction.numbers[partition]
 
     def abort(self, transaction: Transaction) -> None:
         """Nothing of it is there."""

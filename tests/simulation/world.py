@@ -13,13 +13,15 @@ from typing import Final
 from consumer.aggregate.aggregator import Rules
 from consumer.aggregate.clock import Reading
 from consumer.deliver.answers import Heard, Lost, NeverConnected
-from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.entries import SAME_IDENTIFIER_FOR, unpack
 from consumer.storage import Changes, Log, Stage
 from consumer.totals import Advance, Total, decode
-from tests.simulation.shells import Intake, Reporter, Steps
+from tests.simulation.groups import Group
+from tests.simulation.intake import Intake
+from tests.simulation.reporter import Reporter, Request
+from tests.simulation.shells import Shell, Steps
 from tests.simulation.source import AMOUNTS, SourceLog, Usage
-from tests.simulation.store import Group, NotDoneError, SimulatedStore, Transaction
+from tests.simulation.store import NotDoneError, SimulatedStore, Transaction
 from tests.simulation.stripe import SimulatedStripe
 from tests.unit.delivery_world import Names
 from tests.unit.stage1 import DAY, HOUR, MINUTE, SECOND, T0, meter, rules
@@ -35,7 +37,8 @@ retries of one identifier leave."""
 FEATURES: Final = (
     "crash", "pause", "rebalance", "bad commits", "lost answers", "server errors", "away", "busy", "dawdling",
     "refusals", "locked out", "offsets expire", "wrong clocks", "a year's step", "days", "configurations",
-    "transactions", "elsewhere", "unmapped", "repetitions", "late",
+    "transactions", "elsewhere", "unmapped", "repetitions", "late", "stalls", "slow answers", "slow restores",
+    "single stages",
 )  # fmt: skip
 
 
@@ -55,9 +58,11 @@ class Run:
 class Worker:
     """One process on a host of its own."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, runs: frozenset[Stage]) -> None:
         self.world = world
         self.name = name
+        self.runs = runs
+        """The stages that it runs."""
         self.skew = 0
         """Of the host's clock, in milliseconds."""
         self.years = 0
@@ -74,11 +79,18 @@ class Worker:
         self.boot = self.world.time
         self.silent_since = None
         self.paused = self.stopping = False
+        self.stalled: set[Stage] = set()
+        """Stages whose loop stands still, while all else goes on."""
         self.rules = self.world.rules
         self.heard_of_stripe: Reading | None = None
         self.intake = Intake(self)
         self.reporter = Reporter(self)
-        self.stages: list[Steps] = [self.intake.run(), self.reporter.run()]
+        self.loops: dict[Stage, Steps] = {shell.stage: shell.run() for shell in self.shells}
+
+    @property
+    def shells(self) -> list[Shell]:
+        """The stages that it runs."""
+        return [shell for shell in (self.intake, self.reporter) if shell.stage in self.runs]
 
     @property
     def id(self) -> str:
@@ -103,22 +115,53 @@ class Worker:
         return self.world.time - self.boot
 
     def step(self, choice: int) -> None:
-        """One effect: of a stage, a request, or an answer."""
+        """One effect: of a stage's loop, a request, an answer, or a restore."""
         if choice == 2 and self.reporter.sending:
             self.reporter.send(self.world.random.randrange(len(self.reporter.sending)))
         elif choice == 3 and self.reporter.answers:
             self.reporter.hear(self.world.random.randrange(len(self.reporter.answers)))
-        elif self.stages:
-            stage = self.stages[choice % len(self.stages)]
-            if next(stage, "over") == "over":
-                self.stages.remove(stage)
-        if not self.stages:
+        elif choice == 4 and (restoring := [shell for shell in self.shells if shell.threads]):
+            threads = self.world.random.choice(restoring).threads
+            thread = self.world.random.choice(threads)
+            if next(thread, "over") == "over":
+                threads.remove(thread)
+        else:
+            turning = [stage for stage in self.loops if stage not in self.stalled]
+            if turning and next(self.loops[stage := turning[choice % len(turning)]], "over") == "over":
+                del self.loops[stage]
+        if not self.loops:
             self.start()
+
+    def pause(self) -> None:
+        """All of it stands still."""
+        self.paused, self.silent_since = True, self.world.time
+        for shell in self.shells:
+            shell.client.asleep_since = self.world.time
+
+    def wake(self) -> None:
+        """It goes on where it was."""
+        self.paused, self.silent_since = False, None
+        for shell in self.shells:
+            shell.client.asleep_since = None
+
+    def stall(self, shell: Shell) -> None:
+        """One loop stands still; requests, restores and heartbeats go on."""
+        self.stalled.add(shell.stage)
+        shell.client.unpolled_since = self.world.time
+
+    def turn_again(self) -> None:
+        """The loops go on where they were."""
+        self.stalled.clear()
+        for shell in self.shells:
+            shell.client.unpolled_since = None
 
     def kill(self) -> None:
         """At once, wherever it was."""
-        self.stages = []
+        self.loops = {}
         self.silent_since = self.world.time
+        for shell in self.shells:
+            shell.threads.clear()
+            shell.client.die(self.world.time)
 
 
 class World:
@@ -162,7 +205,14 @@ class World:
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._planned = 0
         self._ids = 0
-        self.workers = [Worker(self, name) for name in "ABC"[: random.choice((1, 2, 2, 3))]]
+        self.workers = [Worker(self, name, runs) for name, runs in zip("ABCD", self._processes(), strict=False)]
+
+    def _processes(self) -> list[frozenset[Stage]]:
+        """Which stages each of them runs."""
+        if "single stages" not in self.features:
+            return [frozenset(Stage)] * self.random.choice((1, 2, 2, 3))
+        each = [frozenset({stage}) for stage in Stage]
+        return [*each, *self.random.sample([*each, frozenset(Stage)], self.random.choice((0, 1, 2)))]
 
     def _rules(self) -> Rules:
         late = {"lateness": self.random.choice((5 * SECOND, 30 * SECOND, 2 * MINUTE)), "accept_late": self.accept_late}
@@ -211,21 +261,22 @@ class World:
             what()
         self.time = until
         self.store.expire()
-        silent = {each.id: self.time - each.silent_since for each in self.workers if each.silent_since is not None}
-        known = {each.id for each in self.workers}
         for group in self.groups.values():
-            # A life that is over is silent for ever.
-            group.settle(self.time, lambda name: silent.get(name, 0 if name in known else DAY))
+            group.settle(self.time, calm=self.calm)
 
     # Commits, requests
 
     def fate_of_commit(self) -> str:
         """What becomes of a commit."""
-        if self.calm or "bad commits" not in self.features or self.chance(0.85):
+        if self.calm or "bad commits" not in self.features or self.chance(0.8):
             return "is made"
         fate = self.random.choice(("fails", "is lost", "is late", "is unknown"))
         self.met[f"a commit {fate}"] += 1
         return fate
+
+    def restore_takes(self) -> int:
+        """How long a state is read, from when its end was asked for."""
+        return self.random.choice((1_000, 15_000, 60_000) if "slow restores" in self.features else (0, 0, 1_000))
 
     def finish_late(self, transaction: Transaction) -> None:
         """A commit whose author has given up."""
@@ -265,15 +316,16 @@ class World:
             )  # fmt: skip
         self.met["quiet clock"] += 1
 
-    def write(self, worker: Worker, delivery: Delivery, attempt: Attempt) -> None:
+    def write(self, worker: Worker, request: Request) -> None:
         """A request leaves, and perhaps an answer comes."""
+        attempt = request.attempt
         self.written[attempt.identifier] += 1
         reporter, life, mood = worker.reporter, worker.id, self.stripe.mood
         self.note("%s sends %s under %s", worker.id, attempt.payload, attempt.key)
 
         def answer(heard: Heard, dated: bool = False) -> None:
-            if worker.id == life:
-                reporter.answers.append((delivery, attempt, heard))
+            if worker.id == life and not request.over:
+                reporter.answers.append((request, heard))
                 if dated:
                     worker.heard_of_stripe = Reading(self.time, worker.elapsed())
 
@@ -303,10 +355,18 @@ class World:
 
     # What producers do
 
-    def produce(self) -> None:
+    def answer_takes_time(self, number: int) -> None:
+        """Something comes to this partition before its reader is told where its end was."""
+        if not self.calm and "slow answers" in self.features and self.chance(0.3):
+            self.produce(number)
+            self.move(self.random.choice((2 * SECOND, 12 * SECOND, 6 * MINUTE)))
+            self.met["a slow answer"] += 1
+
+    def produce(self, number: int | None = None) -> None:
         """Some records for one partition, perhaps in a transaction that stays open."""
         random = self.random
-        number = random.randrange(len(self.source))
+        if number is None:
+            number = random.randrange(len(self.source))
         log = self.source[number]
         transaction = log.begin() if "transactions" in self.features and self.chance(0.15) else 0
         for _ in range(random.randrange(1, 5)):
