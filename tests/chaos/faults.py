@@ -155,7 +155,7 @@ class Faults:
         self._note(Kind.KILL, worker)
         yield self._after(0.0, 5.0)
         worker.start()
-        worker.busy = False
+        yield from self._at_work(worker)
 
     def _zombie(self, stage: Stage) -> Story:
         worker = yield from self._chosen(stage, others=1)
@@ -199,13 +199,11 @@ class Faults:
             worker.busy = True
             yield from self._stopped(worker)
             worker.start()
-            yield lambda worker=worker: worker.metrics() is not None  # type: ignore[misc]
-            worker.busy = False
+            yield from self._at_work(worker)
 
     def _add(self) -> Story:
         stages = self._chance.choice([BOTH, *ONLY.values()])
-        self._note(Kind.ADD, self._fleet.add(stages))
-        yield self._after(0.0, 0.0)
+        yield from self._added(stages, Kind.ADD)
 
     def _remove(self) -> Story:
         def spare() -> list[Worker]:
@@ -215,7 +213,7 @@ class Faults:
 
         idle = self._fleet.idle
         if not any(spare()):
-            self._fleet.add(BOTH)
+            yield from self._added(BOTH, "worker added that another can be spared")
         yield lambda: bool(spare())
         worker = self._chance.choice(spare())
         worker.busy = True
@@ -253,6 +251,17 @@ class Faults:
         worker = self._chance.choice(self._fleet.idle(stage))
         worker.busy = True
         return worker
+
+    def _added(self, stages: frozenset[Stage], why: str) -> Story:
+        worker = self._fleet.add(stages)
+        worker.busy = True
+        self._note(why, worker)
+        yield from self._at_work(worker)
+
+    def _at_work(self, worker: Worker) -> Story:
+        """Until it answers: a signal that came before would find nobody who hears it."""
+        yield lambda: worker.metrics() is not None
+        worker.busy = False
 
     def _stopped(self, worker: Worker) -> Story:
         worker.terminate()
