@@ -46,13 +46,25 @@ def reader(client: Mapping[str, Any], group: str, *, committed: bool) -> Consume
     return Consumer({**client, **_READING, "group.id": group, "isolation.level": isolation})
 
 
-def asked(ask: Callable[[float], T], what: str, *, within: float, refresh: AdminClient | None = None) -> T:
+NEW: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})
+"""What a broker says of a topic that another one has just created."""
+
+
+def asked(
+    ask: Callable[[float], T],
+    what: str,
+    *,
+    within: float,
+    refresh: AdminClient | None = None,
+    passing: frozenset[str] = PASSING,
+) -> T:
     """Kafka's answer; what passes is asked again until the time (in seconds) is over.
 
     Args:
         ask: is given the seconds that are left.
         what: is asked for, as the error says it.
         within: seconds.
+        passing: the names of the errors that pass, beside those that Kafka says do.
         refresh: a client that believes for minutes what it once was told of who leads a partition, wrong or not.
 
     Raises:
@@ -66,7 +78,7 @@ def asked(ask: Callable[[float], T], what: str, *, within: float, refresh: Admin
             return ask(left)
         except KafkaException as failed:
             error = failed.args[0]
-            if error.name() not in PASSING and not error.retriable():
+            if error.name() not in passing and not error.retriable():
                 raise StorageError(f"{what}: Kafka says {error.name()}, {error.str()}") from None
             if monotonic() + AGAIN_S > deadline:
                 raise Unreachable(f"{what}: no answer for {within:.0f} s ({error.str()})") from None

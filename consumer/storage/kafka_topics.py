@@ -12,7 +12,7 @@ from confluent_kafka.admin._resource import ResourceType
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
 from consumer.storage import Log, Stage, StorageError, Unreachable
-from consumer.storage.kafka_client import AGAIN_S, REQUEST_S, asked
+from consumer.storage.kafka_client import AGAIN_S, NEW, PASSING, REQUEST_S, asked
 
 LARGEST_RECORD: Final = 2**20
 """Bytes. Larger than any record of ours: a dead letter holds an event of 256 KB in base64."""
@@ -266,6 +266,7 @@ def _wrong_settings(admin: AdminClient, servers: str, topic: str, settings: Iter
         lambda within: admin.describe_configs([resource], request_timeout=within)[resource].result(),
         f"the settings of {topic}",
         within=REQUEST_S,
+        passing=PASSING | NEW,
     )
     wrong = [each for each in settings if not each.suits(found[each.name].value)]
     if wrong:
