@@ -27,7 +27,7 @@ def wait(world: World) -> None:
 
 def victim(world: World) -> Worker:
     """Somebody; rather one who is just sending or committing."""
-    wanted = world.random.choice(("anybody", "sends", "commits"))
+    wanted = world.random.choice(("anybody", "sends", "commits", "commits"))
     found = [
         worker
         for worker in world.workers
@@ -60,6 +60,13 @@ def revive(world: World) -> None:
             worker.turn_again()
 
 
+def for_a_while(world: World, worker: Worker, end: Callable[[], None]) -> None:
+    """Perhaps for not much longer than it is a member: what it was about to do is then of some seconds ago."""
+    life = worker.id
+    if world.chance(0.6):
+        world.later(world.random.randrange(60 * SECOND), lambda: end() if worker.id == life and worker.loops else None)
+
+
 def pause(world: World) -> None:
     """A process stands still, wherever it is; often longer than its session, sometimes for days."""
     worker = victim(world)
@@ -67,6 +74,7 @@ def pause(world: World) -> None:
         world.note("%s is paused", worker.id)
         worker.pause()
         world.met["pause"] += 1
+        for_a_while(world, worker, worker.wake)
 
 
 def stall(world: World) -> None:
@@ -77,13 +85,39 @@ def stall(world: World) -> None:
         world.note("%s stalls in stage %s", worker.id, shell.stage)
         worker.stall(shell)
         world.met["stall"] += 1
+        for_a_while(world, worker, worker.turn_again)
+
+
+def cut_off(world: World) -> None:
+    """A process is no member any more, and goes on as if it were; its loop perhaps stands still for as long."""
+    shells = [shell for worker in world.workers if worker.turns for shell in worker.shells]
+    wanted = world.random.choice(("commits", "jobs", "sending"))
+    shells = [shell for shell in shells if getattr(shell, wanted, None)] or shells
+    if shells:
+        shell = world.random.choice(shells)
+        until = world.time + world.random.randrange(5 * SECOND, 30 * SECOND)
+        world.note("%s is cut off from %s", shell.worker.id, shell.stage)
+        shell.client.group.cut_off(shell.client, world.time, until)
+        world.met["cut off"] += 1
+        if world.chance(0.7):
+            shell.worker.stall(shell)
+            life = shell.worker.id
+            # For as long as the broker lets a commit be pending, or until it is a member again.
+            pending = world.random.randrange(4 * SECOND, 14 * SECOND)
+            world.later(
+                world.random.choice((pending, until - world.time + 8 * SECOND)),
+                lambda: shell.worker.turn_again() if shell.worker.id == life and shell.worker.loops else None,
+            )
 
 
 def rebalance(world: World) -> None:
-    """Partitions move, some or all."""
+    """Partitions move, some or all; and perhaps back again before anybody has got to work."""
     stage = world.random.choice((Stage.AGGREGATE, Stage.DELIVER))
     world.note("%s rebalances", stage)
-    world.groups[stage].rebalance(world.time, mixing=True)
+    group = world.groups[stage]
+    group.rebalance(world.time, mixing=True)
+    if world.chance(0.5):
+        world.later(world.random.randrange(30 * SECOND), lambda: group.rebalance(world.time, mixing=True))
     world.met["rebalance"] += 1
 
 
@@ -193,7 +227,8 @@ EVENTS: Final[tuple[tuple[str, float, Callable[[World], None]], ...]] = (
     ("crash", 4, crash),
     ("pause", 4, pause),
     ("stalls", 4, stall),
-    ("rebalance", 4, rebalance),
+    ("cut off", 6, cut_off),
+    ("rebalance", 6, rebalance),
     ("", 4, change_mood),
     ("away", 2, go_away),
     ("refusals", 2, refuse),

@@ -124,17 +124,17 @@ class Shell:
         world = self.world
         while world.time < begin:
             yield
-        yield
-        if job.given_up:
-            return
+        begun = False
         while True:
+            yield
+            if job.given_up and (not begun or world.chance(0.5)):
+                return
+            begun = True
             try:
                 job.restored, job.number = world.store.restore(self.stage, job.partition, self.client)
                 break
             except UnstableError:
-                yield
-                if job.given_up and world.chance(0.5):
-                    return
+                continue
         until = world.time + world.restore_takes()
         while world.time < until and not world.calm:
             yield
@@ -189,7 +189,7 @@ class Shell:
         world, store = self.world, self.world.store
         numbers = {number: self.numbers.pop(number) + 1 for number in changes}
         yield from self.effect()
-        fate = world.fate_of_commit()
+        fate = world.fate_of_commit(last=bool(self.client.leaving))
         transaction = store.open(self.stage, self.client, changes, numbers)
         yield from self.effect()
         if fate == "fails":

@@ -88,6 +88,8 @@ def verify(world: World, parked: dict[str, Reason | None]) -> None:
     _totals_are_the_truth(world, truths, totals)
     _stripe_has_each_total_once(world, {total.identifier: total for total in totals}, parked)
     _billed_is_the_truth(world, truths, totals, parked)
+    torn = [processor for processor, state in world.store.states.items() if state.torn]
+    world.claim(not torn, "two processes have written the state of %s", torn)
     _first_stage_adds_up(world, truths)
     _second_stage_adds_up(world, totals, parked)
     if not world.editions:

@@ -38,7 +38,7 @@ FEATURES: Final = (
     "crash", "pause", "rebalance", "bad commits", "lost answers", "server errors", "away", "busy", "dawdling",
     "refusals", "locked out", "offsets expire", "wrong clocks", "a year's step", "days", "configurations",
     "transactions", "elsewhere", "unmapped", "repetitions", "late", "stalls", "slow answers", "slow restores",
-    "single stages",
+    "single stages", "cut off",
 )  # fmt: skip
 
 
@@ -266,9 +266,9 @@ class World:
 
     # Commits, requests
 
-    def fate_of_commit(self) -> str:
-        """What becomes of a commit."""
-        if self.calm or "bad commits" not in self.features or self.chance(0.8):
+    def fate_of_commit(self, *, last: bool) -> str:
+        """What becomes of a commit; more often something bad where others wait to go on behind it."""
+        if self.calm or "bad commits" not in self.features or self.chance(0.4 if last else 0.8):
             return "is made"
         fate = self.random.choice(("fails", "is lost", "is late", "is unknown"))
         self.met[f"a commit {fate}"] += 1
