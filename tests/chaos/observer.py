@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
 
-from confluent_kafka import Consumer, ConsumerGroupState, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.admin._group import ConsumerGroupDescription
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from consumer import totals
@@ -18,9 +20,16 @@ from consumer.storage.kafka_client import asked
 from consumer.storage.kafka_topics import Topics
 
 ASK_S = 5.0
+GROUPS_S = 2.0
 STABLE_S = 0.5
 MOVED_S = 30.0
 """For so long somebody may look for the broker that leads a partition now."""
+
+
+class _Group(NamedTuple):
+    state: str
+    members: dict[str, bytes]
+    """By worker, what each has been given."""
 
 
 class Observer:
@@ -55,12 +64,9 @@ class Observer:
     def owned(self, stage: Stage) -> dict[str, set[int]]:
         """The partitions of each worker in the stage's group; nothing while that is being decided."""
         group = self._group(stage)
-        if group is None or group.state is not ConsumerGroupState.STABLE:
+        if group is None or group.state != "Stable":
             return {}
-        owned: dict[str, set[int]] = {}
-        for member in group.members:
-            owned.setdefault(member.client_id, set()).update(e.partition for e in member.assignment.topic_partitions)
-        return owned
+        return {worker: _partitions(assignment) for worker, assignment in group.members.items()}
 
     def taken_over(self, stage: Stage, worker: str) -> bool:
         """Whether others own everything, and this worker is a member no more."""
@@ -70,17 +76,17 @@ class Observer:
     def expelled(self, stage: Stage, worker: str) -> bool:
         """Whether the group has given this worker up, whoever is going to own what it had."""
         group = self._group(stage)
-        return group is not None and all(member.client_id != worker for member in group.members)
+        return group is not None and worker not in group.members
 
-    def _group(self, stage: Stage) -> ConsumerGroupDescription | None:
-        name = self.topics.group(stage)
-        try:
-            found: ConsumerGroupDescription = self._admin.describe_consumer_groups([name], request_timeout=ASK_S)[
-                name
-            ].result()
-        except KafkaException:
-            return None
-        return found
+    def _group(self, stage: Stage) -> _Group | None:
+        # Deprecated in favour of ``describe_consumer_groups``, in which the client aborts this process where a broker
+        # goes away meanwhile.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            try:
+                found: list[Any] = self._admin.list_groups(self.topics.group(stage), timeout=GROUPS_S)
+            except KafkaException:
+                return None
+        return next((_Group(g.state, {m.client_id: m.assignment for m in g.members}) for g in found), None)
 
     @contextmanager
     def commits(self, stage: Stage, partitions: Collection[int]) -> Iterator[Callable[[float], int | None]]:
@@ -164,3 +170,13 @@ class Observer:
 
 def _counts(log: Log, value: bytes) -> bool:
     return log is not Log.TOTALS or isinstance(totals.decode(value), totals.Total)
+
+
+def _partitions(assignment: bytes) -> set[int]:
+    """What a member of a group on one topic has been given, as the protocol of groups writes it."""
+    topics, name = struct.unpack_from(">2xih", assignment) if assignment else (0, 0)
+    if not topics:
+        return set()
+    at = 8 + name
+    (number,) = struct.unpack_from(">i", assignment, at)
+    return set(struct.unpack_from(f">{number}i", assignment, at + 4))

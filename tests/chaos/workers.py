@@ -58,6 +58,7 @@ class Worker:
         self._stopping = False
         self._port, _ = free_ports()
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         kafka = config["kafka"]
         own = {
             "kafka": kafka | {"options": kafka["options"] | {"client.id": name}},
@@ -97,14 +98,18 @@ class Worker:
                 stderr=log,
                 env=self.environment,
             )
+        # If we are killed, the pipe closes and the guard ends the worker that would be left behind.
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)], stdin=subprocess.PIPE
+        )
 
     def kill(self) -> None:
         """SIGKILL, as a power cut would."""
         self._note_size()
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
-        self._process, self.suspended = None, False
+            self._gone()
+        self.suspended = False
 
     def abort(self) -> None:
         """SIGABRT: before it ends it writes to its log where each of its threads stood."""
@@ -139,7 +144,7 @@ class Worker:
             code = self._process.wait(STOP_WITHIN_S)
         except subprocess.TimeoutExpired:
             raise WorkerError(f"{self} has not ended {STOP_WITHIN_S:.0f} s after SIGTERM") from None
-        self._process = None
+        self._gone()
         if code:
             raise WorkerError(f"{self} ended with {code} after SIGTERM. {self.log_tail()}")
 
@@ -149,7 +154,7 @@ class Worker:
         if code is None:
             return False
         if code == 1 and may_give_up and not self._started:
-            self._process = None
+            self._gone()
             return True
         raise WorkerError(f"{self} ended by itself, with {code}. {self.log_tail()}")
 
@@ -185,6 +190,13 @@ class Worker:
         """The last lines of its log."""
         lines = self.log_file.read_text(errors="replace")[-3000:] if self.log_file.exists() else ""
         return f"The end of its log, {self.log_file}:\n{lines}"
+
+    def _gone(self) -> None:
+        for process in (self._guard, self._process):  # in this order: the guard must not outlive what it would kill
+            if process is not None:
+                process.kill()
+                process.communicate()
+        self._guard = self._process = None
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is None:
