@@ -1,4 +1,4 @@
-"""A stand-in for Stripe's usage billing: meters, customers, meter events, adjustments, summaries and error reports.
+"""A stand-in for Stripe's usage billing: meters, prices, customers, meter events, summaries, error reports.
 
 `StripeModel` is a Stripe account in memory. It answers as Stripe does, where that is known, and where it is not known
 takes the side that is harder for a client. It also keeps the truth that Stripe does not tell: every event it accepted,
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import orjson
 
-from consumer.sandbox.stripe_account import StripeAccount
+from consumer.sandbox.stripe_catalogue import StripeCatalogue
 from consumer.sandbox.stripe_objects import KEPT_FOR, MeterEvent, Violation
 from consumer.sandbox.stripe_wire import Answer, Call, Refused, secret_of
 
@@ -31,7 +31,7 @@ class _Stored(NamedTuple):
     until: float
 
 
-class StripeModel(StripeAccount):
+class StripeModel(StripeCatalogue):
     """A Stripe account behind Stripe's front door: keys, limits, stored answers, one request at a time.
 
     `keys` maps every valid secret key to the permissions of a restricted key, or to None for all. `endpoint_rate`
@@ -72,8 +72,17 @@ class StripeModel(StripeAccount):
             ("POST", "/v1/billing/meters/*/reactivate"): ("billing_meter_write", self._reactivate_meter),
             ("GET", "/v1/billing/meters/*/event_summaries"): ("billing_meter_read", self._summarise),
             ("POST", "/v1/customers"): ("customer_write", self._create_customer),
+            ("GET", "/v1/customers"): ("customer_read", self._list_customers),
             ("GET", "/v1/customers/*"): ("customer_read", self._retrieve_customer),
             ("DELETE", "/v1/customers/*"): ("customer_write", self._delete_customer),
+            ("POST", "/v1/products"): ("product_write", self._create_product),
+            ("GET", "/v1/products"): ("product_read", self._list_products),
+            ("GET", "/v1/products/*"): ("product_read", self._retrieve_product),
+            ("POST", "/v1/prices"): ("plan_write", self._create_price),
+            ("GET", "/v1/prices"): ("plan_read", self._list_prices),
+            ("GET", "/v1/prices/*"): ("plan_read", self._retrieve_price),
+            ("POST", "/v1/subscriptions"): ("subscription_write", self._create_subscription),
+            ("GET", "/v1/subscriptions"): ("subscription_read", self._list_subscriptions),
             ("GET", "/v2/core/events/*"): ("event_read", self._retrieve_report),
         }
 

@@ -14,6 +14,7 @@ import orjson
 from consumer.sandbox.stripe_objects import (
     ADJUSTMENT,
     CUSTOMER,
+    CUSTOMERS,
     DAY,
     EVENT,
     FUTURE,
@@ -131,7 +132,7 @@ class StripeAccount:
             "status": "complete",
             "type": "cancel",
         }
-        return _ok(adjustment)
+        return ok(adjustment)
 
     # Meters
 
@@ -176,7 +177,7 @@ class StripeAccount:
             for meter in reversed(self._meters.values())
             if params.get("status") in (None, meter.status)
         ]
-        return _page("/v1/billing/meters", meters, params)
+        return page("/v1/billing/meters", meters, params)
 
     def _retrieve_meter(self, call: Call, meter_id: str) -> Answer:
         check(call.params, {})
@@ -208,7 +209,7 @@ class StripeAccount:
         return self._meters[meter_id]
 
     def _show_meter(self, call: Call, meter: Meter) -> Answer:
-        return _ok(meter.shown(livemode=self._livemode(call)))
+        return ok(meter.shown(livemode=self._livemode(call)))
 
     def _summarise(self, call: Call, meter_id: str) -> Answer:
         params = check(call.params, SUMMARIES)
@@ -242,7 +243,7 @@ class StripeAccount:
             }
             for window, events in sorted(groups.items(), reverse=True)
         ]
-        return _page(call.path, rows, params)
+        return page(call.path, rows, params)
 
     # Customers
 
@@ -266,18 +267,27 @@ class StripeAccount:
     def _create_customer(self, call: Call) -> Answer:
         params = check(call.params, CUSTOMER)
         customer = self.add_customer(f"cus_{len(self._customers) + 1:014d}", **params)
-        return _ok({**customer, "livemode": self._livemode(call)})
+        return ok({**customer, "livemode": self._livemode(call)})
+
+    def _list_customers(self, call: Call) -> Answer:
+        params = check(call.params, CUSTOMERS)
+        customers = [
+            {**each, "livemode": self._livemode(call)}
+            for each in reversed(self._customers.values())
+            if not each.get("deleted") and params.get("email") in (None, each.get("email"))
+        ]
+        return page(call.path, customers, params)
 
     def _retrieve_customer(self, call: Call, customer: str) -> Answer:
         if customer not in self._customers:
             message = f"No such customer: '{customer}'"
             raise Refused("no_customer", message, status=404, code="resource_missing", param="id")
-        return _ok({**self._customers[customer], "livemode": self._livemode(call)})
+        return ok({**self._customers[customer], "livemode": self._livemode(call)})
 
     def _delete_customer(self, call: Call, customer: str) -> Answer:
         self._retrieve_customer(call, customer)
         self.delete_customer(customer)
-        return _ok({"id": customer, "object": "customer", "deleted": True})
+        return ok({"id": customer, "object": "customer", "deleted": True})
 
     # Asynchronous processing
 
@@ -335,7 +345,7 @@ class StripeAccount:
         self._settle()
         for report in self._reports:
             if report["id"] == report_id:
-                return _ok(report)
+                return ok(report)
         raise Refused("not_found", f"No such event: '{report_id}'", status=404, code="not_found")
 
     # The truth, which Stripe does not tell
@@ -385,18 +395,20 @@ def _check_timestamp(timestamp: int, now: float) -> None:
         raise Refused("future", message, param="timestamp")
 
 
-def _ok(body: dict[str, Any]) -> Answer:
+def ok(body: dict[str, Any]) -> Answer:
+    """The answer to a request that succeeded."""
     return Answer(200, orjson.dumps(body))
 
 
-def _page(url: str, rows: list[dict[str, Any]], params: dict[str, Any]) -> Answer:
+def page(url: str, rows: list[dict[str, Any]], params: dict[str, Any]) -> Answer:
+    """The part of a list that was asked for."""
     after, limit = params.get("starting_after"), params.get("limit", 10)
     if after is not None:
         ids = [row["id"] for row in rows]
         if after not in ids:
             raise Refused("not_found", f"No such object: '{after}'", code="resource_missing", param="starting_after")
         rows = rows[ids.index(after) + 1 :]
-    return _ok({"object": "list", "data": rows[:limit], "has_more": len(rows) > limit, "url": url})
+    return ok({"object": "list", "data": rows[:limit], "has_more": len(rows) > limit, "url": url})
 
 
 def _by_minute(events: list[MeterEvent]) -> dict[int, list[MeterEvent]]:

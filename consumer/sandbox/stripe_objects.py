@@ -162,9 +162,44 @@ ADJUSTMENT = {
     "type": Field(required=True, choices=("cancel",)),
     "cancel": Field(fields={"identifier": Field(at_most=100)}),
 }
+_METADATA = Field(free=True)
+_TRUTH = Field(choices=("true", "false"))
 CUSTOMER = {
     "name": Field(),
     "email": Field(),
     "description": Field(),
-    "metadata": Field(free=True),
+    "metadata": _METADATA,
 }
+CUSTOMERS = {**PAGE, "email": Field()}
+PRODUCT = {
+    "name": Field(required=True),
+    "description": Field(),
+    "unit_label": Field(),
+    "metadata": _METADATA,
+}
+_INTERVAL = Field(required=True, choices=("day", "month", "week", "year"))
+_USAGE = Field(choices=("licensed", "metered"))
+PRICE = {
+    "currency": Field(required=True, at_most=3),
+    "unit_amount": Field(integer=True, lowest=0),
+    "unit_amount_decimal": Field(),
+    "product": Field(),
+    "product_data": Field(fields={name: PRODUCT[name] for name in ("name", "unit_label", "metadata")}),
+    "recurring": Field(fields={"interval": _INTERVAL, "usage_type": _USAGE, "meter": Field()}),
+    "lookup_key": Field(at_most=200),
+    "nickname": Field(),
+    "metadata": _METADATA,
+}
+PRICES = {
+    **PAGE,
+    "active": _TRUTH,
+    "product": Field(),
+    "lookup_keys": Field(each=Field()),
+    "recurring": Field(fields={"interval": Field(), "usage_type": _USAGE, "meter": Field()}),
+}
+SUBSCRIPTION = {
+    "customer": Field(required=True),
+    "items": Field(required=True, each=Field(fields={"price": Field(required=True)})),
+    "metadata": _METADATA,
+}
+SUBSCRIPTIONS = {**PAGE, "customer": Field(), "price": Field()}

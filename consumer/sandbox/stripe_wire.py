@@ -104,7 +104,10 @@ def secret_of(authorization: str) -> str:
 
 
 class Field(msgspec.Struct, frozen=True):
-    """What a parameter must look like. `fields` makes it an object, `free` an object with any string members."""
+    """What a parameter must look like.
+
+    `fields` makes it an object, `free` an object with any string members, `each` a list.
+    """
 
     required: bool = False
     integer: bool = False
@@ -112,6 +115,7 @@ class Field(msgspec.Struct, frozen=True):
     at_most: int = 5000
     choices: tuple[str, ...] = ()
     fields: Mapping[str, Field] | None = None
+    each: Field | None = None
     lowest: int | None = None
     highest: int | None = None
 
@@ -135,6 +139,10 @@ def check(params: Mapping[str, Any], schema: Mapping[str, Field], within: str = 
 
 
 def _value(field: Field, shown: str, value: Any) -> Any:
+    if field.each is not None:
+        if not isinstance(value, dict):
+            raise _invalid("Invalid array", shown)
+        return [_value(field.each, f"{shown}[{place}]", member) for place, member in value.items()]
     if field.free or field.fields is not None:
         if not isinstance(value, dict):
             raise _invalid("Invalid object", shown)

@@ -511,6 +511,102 @@ def test_customers_are_created_and_deleted(stripe: StripeStandIn) -> None:
     assert ask(stripe, "GET", f"/v1/customers/{created['id']}").body["deleted"] is True
 
 
+def test_customers_are_listed_by_email_the_deleted_ones_left_out(stripe: StripeStandIn) -> None:
+    ada, bob = (ask(stripe, "POST", "/v1/customers", {"email": f"{name}@example.com"}).body for name in ("ada", "bob"))
+
+    def listed(**wanted: Any) -> list[str]:
+        return [each["id"] for each in ask(stripe, "GET", "/v1/customers", wanted).body["data"]]
+
+    assert listed() == [bob["id"], ada["id"], "cus_1"]
+    assert listed(email="ada@example.com") == [ada["id"]]
+    ask(stripe, "DELETE", f"/v1/customers/{bob['id']}")
+    assert listed() == [ada["id"], "cus_1"]
+
+
+# Products, prices, subscriptions
+
+
+def priced(stand_in: StripeStandIn, **changes: Any) -> Reply:
+    """Create a metered price of the first meter, with a product of its own; a change to None leaves it out."""
+    params = {
+        "currency": "usd",
+        "unit_amount_decimal": "0.25",
+        "product_data[name]": "Tokens",
+        "recurring[interval]": "month",
+        "recurring[usage_type]": "metered",
+        "recurring[meter]": stand_in.model._meter_of["tokens"].id,
+        **changes,
+    }
+    return ask(stand_in, "POST", "/v1/prices", {name: value for name, value in params.items() if value is not None})
+
+
+def test_a_metered_price_is_made_with_its_product_and_found_by_meter_and_lookup_key(stripe: StripeStandIn) -> None:
+    price = priced(stripe, lookup_key="tokens").body
+    product = ask(stripe, "POST", "/v1/products", {"name": "Other"}).body
+    other = priced(stripe, **{"product_data[name]": None, "product": product["id"], "unit_amount_decimal": "2"}).body
+
+    def listed(**wanted: Any) -> list[str]:
+        return [each["id"] for each in ask(stripe, "GET", "/v1/prices", wanted).body["data"]]
+
+    meter = price["recurring"]["meter"]
+    assert (price["unit_amount"], price["unit_amount_decimal"], other["unit_amount"]) == (None, "0.25", 2)
+    assert ask(stripe, "GET", f"/v1/products/{price['product']}").body["name"] == "Tokens"
+    assert ask(stripe, "GET", f"/v1/prices/{price['id']}").body == price
+    assert [each["name"] for each in ask(stripe, "GET", "/v1/products").body["data"]] == ["Other", "Tokens"]
+    assert listed(**{"recurring[meter]": meter}) == [other["id"], price["id"]]
+    assert listed(**{"lookup_keys[0]": "tokens", "lookup_keys[1]": "none"}) == [price["id"]]
+    assert listed(**{"recurring[meter]": "mtr_none"}) == []
+    stripe.model.archive_price(price["id"])
+    assert (listed(active="true"), listed(active="false")) == ([other["id"]], [price["id"]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recurring[meter]": "mtr_none"}, "No such billing meter: 'mtr_none'"),
+        ({"recurring[meter]": None}, "A metered price needs a meter, and no other price takes one."),
+        ({"recurring[usage_type]": "licensed"}, "A metered price needs a meter, and no other price takes one."),
+        ({"product_data[name]": None, "product": "prod_none"}, "No such product: 'prod_none'"),
+        ({"product_data[name]": None}, "You must provide one of `product` or `product_data`."),
+        ({"unit_amount_decimal": "much"}, "Invalid decimal: much"),
+        ({"unit_amount": "1"}, "You must specify one of `unit_amount` and `unit_amount_decimal`."),
+        ({"lookup_key": "taken"}, "A price (`price_00000000000001`) already uses that lookup key."),
+    ],
+)
+def test_a_price_that_cannot_be_is_refused(stripe: StripeStandIn, changes: dict[str, Any], message: str) -> None:
+    stripe.model.archive_price(priced(stripe, lookup_key="taken").body["id"])
+
+    assert priced(stripe, **changes).message == message
+
+
+def test_an_inactive_meter_takes_no_price(stripe: StripeStandIn) -> None:
+    meter = stripe.model._meter_of["tokens"].id
+    ask(stripe, "POST", f"/v1/billing/meters/{meter}/deactivate")
+
+    assert priced(stripe).message == f"The meter '{meter}' is inactive: it cannot be attached to a price."
+
+
+def test_a_subscription_holds_its_prices_and_is_found_by_its_customer(stripe: StripeStandIn) -> None:
+    price = priced(stripe).body
+    params = {"customer": "cus_1", "items[0][price]": price["id"]}
+    subscription = ask(stripe, "POST", "/v1/subscriptions", params).body
+
+    assert [item["price"]["id"] for item in subscription["items"]["data"]] == [price["id"]]
+    for wanted in ({"customer": "cus_1"}, {"price": price["id"]}):
+        assert ask(stripe, "GET", "/v1/subscriptions", wanted).body["data"] == [subscription]
+    assert ask(stripe, "GET", "/v1/subscriptions", {"customer": "cus_2"}).body["data"] == []
+    for changes, param in (
+        ({"customer": "cus_none"}, "customer"),
+        ({"items[0][price]": "price_none"}, "items[0][price]"),
+        ({"items[0]": price["id"]}, "items[0]"),
+        ({"items[0][price]": None}, "items"),
+    ):
+        given = {name: value for name, value in {**params, **changes}.items() if value is not None}
+        if "items[0]" in changes:
+            del given["items[0][price]"]
+        assert ask(stripe, "POST", "/v1/subscriptions", given).body["error"]["param"] == param
+
+
 def summaries(stand_in: StripeStandIn, **changes: Any) -> Reply:
     """The summaries of the first meter for the hour around now."""
     hour = NOW // 3600 * 3600
