@@ -84,6 +84,8 @@ class Delivery:
         """What Stripe said of event names whose meter it refused."""
         self._journal: Journal[Live] = Journal(_pack)
         self._committing: dict[Reason, int] | None = None
+        self._ours = True
+        """Whether this life may go on with what others have perhaps tried: only a commit shows that no other has it."""
 
     # What is known from outside
 
@@ -134,7 +136,7 @@ class Delivery:
         """Whether a commit is worth making now: as much has changed as is moving, or nothing is left to send."""
         if self._committing is not None or self._dropped:
             return False
-        return self._schedule.starved or len(self._journal) >= max(1, self._schedule.moving)
+        return not self._ours or self._schedule.starved or len(self._journal) >= max(1, self._schedule.moving)
 
     def oldest_due(self) -> int | None:
         """Since when the oldest total in flight has been due; None where there is none."""
@@ -155,6 +157,7 @@ class Delivery:
                 self._take_back(unpack(value), now)
         self._journal.forget()
         self._journal.offset = offset
+        self._ours = not any(live.tried for live in self._live.values())
         self._fill(now)
         self.alarms = dict(self._parked.reasons)
 
@@ -177,6 +180,8 @@ class Delivery:
             return None
         for live in self._schedule.arm(now):
             self._journal.put(live.entry.total.identifier, live)
+        if not self._ours:
+            self._journal.move(self._journal.offset)
         changes = self._journal.take()
         if changes is not None:
             changes.puts.update(self.ledger.changes())
@@ -188,6 +193,7 @@ class Delivery:
         if self._committing is None:
             raise RuntimeError("there is no commit to settle")
         self._schedule.armed()
+        self._ours = True
         self.alarms, self._committing = self._committing, None
 
     def retire(self, now: int) -> None:
@@ -278,6 +284,8 @@ class Delivery:
 
     def next(self, now: int) -> Attempt | None:
         """An attempt to write to Stripe now; None where there is nothing to send now."""
+        if not self._ours:
+            return None
         for live in (woken := self._schedule.woken(now)):
             self._look(live, now)
         if woken:
@@ -293,7 +301,7 @@ class Delivery:
 
     def wake(self, now: int) -> int | None:
         """When ``next`` may have something that it has not now, as far as time alone decides."""
-        return None if self._dropped else self._schedule.wake(now)
+        return self._schedule.wake(now) if self._ours and not self._dropped else None
 
     def may_send(self, attempt: Attempt, now: int) -> bool:
         """Whether the attempt may be written at this moment; False ends it, and no answer to it is expected."""

@@ -109,6 +109,8 @@ class World:
         )
         self.delivery.restore(self.offset, list(self.durable.items()), self.now)
         self.position = self.offset
+        if self.delivery.due:
+            self.commit()
 
     def total(self, customer: str = "alice", value: str = "5", *, meter: str = "ai-tokens", event: str = "") -> str:
         """One more total in the log; returns its identifier."""

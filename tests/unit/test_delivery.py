@@ -3,8 +3,10 @@
 import pytest
 
 from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected
+from consumer.deliver.delivery import Delivery
 from consumer.deliver.entries import SAME_IDENTIFIER_FOR, EntryError, Reason, State, pack, unpack
 from consumer.deliver.ledger import PREFIX
+from consumer.storage import Changes
 from tests.unit.delivery_world import (
     BROKEN,
     BUSY,
@@ -246,12 +248,36 @@ def test_a_429_and_a_409_are_not_stored_and_keep_their_key(busy: Answer) -> None
 
 
 def test_a_restart_changes_nothing_that_had_to_be_written() -> None:
-    """Otherwise thousands of entries are written again for nothing."""
+    """Otherwise thousands of entries are written again for nothing. One commit shows that they are still ours."""
     world = World()
     world.delivery.answered(world.sent(), BROKEN, world.now)
     world.commit()
-    world.restart()
-    assert not world.commit()
+    before = dict(world.durable)
+    world.delivery.drop()
+    restored = Delivery(customers=world.names, in_flight=10, parked_limit=10, outlet=world.outlet)
+    restored.restore(world.offset, list(before.items()), world.now)
+    assert restored.commit(world.now) == Changes(world.offset)
+    restored.committed()
+    assert restored.commit(world.now) is None
+
+
+def test_nothing_restored_is_sent_before_a_commit_has_shown_that_it_is_still_ours() -> None:
+    """Somebody who was away restores what he believes to be his. Its owner has just marked it and is about to send it:
+    were the other one faster, the owner would find the event at Stripe, and take that for a collision.
+    """
+    world = World()
+    world.delivery.answered(world.sent(), BROKEN, world.now)
+    world.commit()
+    world.now += HOUR
+    zombie = Delivery(customers=world.names, in_flight=10, parked_limit=10, outlet=world.outlet)
+    zombie.restore(world.offset, list(world.durable.items()), world.now)
+    assert zombie.next(world.now) is None
+    assert zombie.wake(world.now) is None
+    assert zombie.due
+    assert zombie.commit(world.now) is not None
+    assert zombie.next(world.now) is None, "it may still be refused"
+    zombie.committed()
+    assert zombie.next(world.now) is not None
 
 
 def test_the_generation_of_the_key_survives_a_crash() -> None:
