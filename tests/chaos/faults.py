@@ -193,7 +193,7 @@ class Faults:
     def _roll(self) -> Story:
         self._note(Kind.ROLL, None)
         for worker in list(self._fleet.workers):
-            yield lambda worker=worker: not worker.busy  # type: ignore[misc]
+            yield lambda worker=worker: not worker.busy or worker in self._fleet.removed  # type: ignore[misc]
             if not worker.running or worker not in self._fleet.workers:
                 continue
             worker.busy = True
