@@ -122,7 +122,7 @@ class Gate:
     def __init__(self) -> None:
         self.shut: Shut | None = None
         self.turned = 0
-        """How often it was shut or opened: who has not seen a turn can tell by this."""
+        """How often it was shut, for whatever reason, or opened: who has not seen a turn can tell by this."""
         self.probe_at = 0
         self._silent = 0
         self._probes = 0
@@ -158,7 +158,7 @@ class Gate:
                 del self._refused[forgotten]
 
     def _close(self, reason: Shut, now: int) -> None:
-        self.turned += self.shut is None
+        self.turned += 1
         self.shut = reason
         self._probes = 0
         self._plan(now)

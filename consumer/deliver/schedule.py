@@ -132,7 +132,6 @@ class Schedule:
         if gate.turned == self._turned:
             return []
         self._turned = gate.turned
-        self._probe_wanted = False
         return self._unsent() if gate.shut else self._rouse()
 
     def woken(self, now: int) -> list[Live]:

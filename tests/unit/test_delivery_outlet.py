@@ -182,6 +182,17 @@ def test_a_probe_is_alone_whoever_sent_the_other_attempts() -> None:
     assert marked(first, second) <= 2
 
 
+def test_while_the_last_total_of_one_probes_the_others_are_not_asked_in_vain() -> None:
+    """It has no other one to probe with, so the turn is the next one's already; but its answer is to come."""
+    first, second = pair(1, 60)
+    armed(first, second)
+    go_down(second)
+    wait(MINUTE, first, second)
+    assert probing(first) == [first]
+    assert second.send() is None
+    assert second.delivery.wake(second.now) is None, "the shell would spin"
+
+
 def test_only_one_total_is_marked_to_probe() -> None:
     """While one of them is on its way into a commit, the other one reads what it could probe with, and waits."""
     first, second = pair(1)
@@ -246,9 +257,10 @@ def test_a_pause_ends_though_the_one_that_probed_first_is_refused_for_ever() -> 
 
 def test_refusals_of_an_earlier_pause_are_no_reason_to_read_in_the_next_one() -> None:
     """One that has been refused to the last total reads another one to probe with; but that pause was ended."""
-    first = crowd(300, of="a", in_flight=45)
+    first = crowd(60, of="a")
     run(first, until=first.now + 2 * HOUR, answer=lambda _: REFUSED)
     assert str(first.delivery.paused) == "refusals"
+    assert first.delivery.room == 1, "all that it has were refused in this pause"
     second = crowd(2, of="b", outlet=first.outlet)
     second.now = first.now
     second.read()
@@ -403,6 +415,16 @@ def test_a_dropped_delivery_wants_nothing_any_more() -> None:
     wait(HOUR, first)
     assert (delivery.next(first.now), delivery.wake(first.now), delivery.commit(first.now)) == (None, None, None)
     assert (delivery.room, delivery.due, first.outlet.sent) == (0, False, 0)
+
+
+def test_a_dropped_delivery_is_not_due_for_what_it_has_heard() -> None:
+    """It would ask for a commit again and again, and never have one to make."""
+    first, _ = pair(1)
+    armed(first)
+    first.delivery.answered(first.must_send(), OK, first.now)
+    assert first.due()
+    first.delivery.drop()
+    assert not first.due()
 
 
 def test_what_a_dropped_delivery_hears_is_not_about_the_others() -> None:
