@@ -60,7 +60,7 @@ METER: Final = Meter(
 )
 
 
-def events(number: int, end: int) -> Iterator[Message]:
+def events(number: int, end: int, partitions: int = PARTITIONS) -> Iterator[Message]:
     """Events of ten minutes that end at ``end`` (ms), a third with decimals, two in a hundred sent twice."""
     rng = random.Random(1)  # noqa: S311 - a benchmark wants the same events each time
     start = end - WINDOWS * 60_000
@@ -81,7 +81,7 @@ def events(number: int, end: int) -> Iterator[Message]:
         )
         # As brokers date them: a batch at a time.
         arrival = at - at % 100 + 100
-        message = Message(b"cus_%06d" % customer, customer % PARTITIONS, arrival, [], body.encode())
+        message = Message(b"cus_%06d" % customer, customer % partitions, arrival, [], body.encode())
         if not position % 50:
             last = [message]
         yield message

@@ -8,6 +8,7 @@ The usual size takes a minute; ``--ids 5000000 --keys 1000000`` is the size that
 """
 
 import argparse
+import os
 import resource
 import statistics
 import time
@@ -17,20 +18,28 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from confluent_kafka import Consumer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin._resource import ResourceType
 
+from benchmarks.aggregate import Stopwatch
 from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record, Rules
+from consumer.aggregate.duplicates import IDS_PER_CHUNK
 from consumer.aggregate.meters import Meter
 from consumer.aggregate.meters import Source as Identity
 from consumer.sandbox.kafka import LocalKafka
 from consumer.storage import Facts, Stage
 from consumer.storage.kafka import KafkaStore
-from consumer.storage.kafka_reading import ends_of
+from consumer.storage.kafka_reading import committed, ends_of
 from consumer.storage.kafka_start import begin
 from consumer.storage.kafka_topics import Topics, ensure
 from consumer.totals import Destination
 
 SOURCE: Final = "usage"
 COMMIT: Final = 100_000
+HEAD: Final = 100_000
+"""Events of the last commit, which is not compacted."""
+COMPACTED_S: Final = 300.0
 BATCH: Final = 500
 START: Final = 1_790_000_000_000 // 3_600_000 * 3_600_000
 METER: Final = Meter(
@@ -73,21 +82,25 @@ def records(first: int, last: int, ids: int, keys: int) -> Iterator[list[Record]
 def member(client: dict[str, Any]) -> Consumer:
     """The one member of stage 1's group."""
     assigned: list[object] = []
-    consumer = Consumer({**client, "group.id": Topics.of("bench").group(Stage.AGGREGATE), "enable.auto.commit": False})
+    consumer = Consumer(
+        {
+            **client,
+            "group.id": Topics.of("bench").group(Stage.AGGREGATE),
+            "enable.auto.commit": False,
+            "max.poll.interval.ms": 3_600_000,
+        }
+    )
     consumer.subscribe([SOURCE], on_assign=lambda _, partitions: assigned.extend(partitions))
     while not assigned:
         consumer.poll(0.1)
     return consumer
 
 
-def fill(store: KafkaStore, ids: int, keys: int) -> list[float]:
-    """Count and commit; returns how long each commit took, in seconds, the core's part included."""
-    restored = store.restore(Stage.AGGREGATE, 0)
-    assert restored is not None  # noqa: S101 - it has begun
-    aggregator = Aggregator(RULES, IDENTITY, restored.offset, restored.entries)
+def fill(store: KafkaStore, aggregator: Aggregator, last: int, ids: int, keys: int) -> list[float]:
+    """Count up to this event and commit; returns how long each commit took, in seconds, the core's part included."""
     took: list[float] = []
-    for first in range(0, ids, COMMIT):
-        for batch in records(first, min(first + COMMIT, ids), ids, keys):
+    for first in range(aggregator.offset, last, COMMIT):
+        for batch in records(first, min(first + COMMIT, last), ids, keys):
             aggregator.step(batch, batch[0][1][1])
         began = time.perf_counter()
         store.commit(Stage.AGGREGATE, {0: aggregator.commit()})
@@ -95,14 +108,36 @@ def fill(store: KafkaStore, ids: int, keys: int) -> list[float]:
     return took
 
 
-def take_over(store: KafkaStore) -> tuple[Aggregator, float, float]:
-    """A stranger's restore: the processor, and the seconds until its entries were read and until it could work."""
-    began = time.perf_counter()
+def take_over(store: KafkaStore, what: str | None = None) -> Aggregator:
+    """A restore; says what it took, of what is described so."""
+    stopwatch = Stopwatch()
     restored = store.restore(Stage.AGGREGATE, 0)
-    read = time.perf_counter() - began
     assert restored is not None  # noqa: S101 - it has begun
+    read = stopwatch.read()
     aggregator = Aggregator(RULES, IDENTITY, restored.offset, restored.entries)
-    return aggregator, read, time.perf_counter() - began
+    took = stopwatch.read()
+    if what is not None:
+        print(
+            f"{what}: {aggregator.open_keys:,} open keys and {aggregator.remembered:,} ids taken over in "
+            f"{took['wall']:.1f} s ({took['cpu']:.1f} s of CPU), of which reading took {read['wall']:.1f} s "
+            f"({read['cpu']:.1f}); load {os.getloadavg()[0]:.1f}, memory at most {largest_memory()} MB so far",
+            flush=True,
+        )
+    return aggregator
+
+
+def length(client: dict[str, Any], topic: str) -> int:
+    """How many records the state's log has, of which there are fewer than offsets."""
+    return sum(map(len, committed(client, topic, {0: 0}, ends_of(client, topic, [0]))))
+
+
+def compact(client: dict[str, Any], topic: str) -> None:
+    """From now on everything but what is newest is compacted, as soon as the broker gets round to it."""
+    at_once = {"min.compaction.lag.ms": "0", "max.compaction.lag.ms": "1000", "segment.ms": "1000"}
+    changes = [ConfigEntry(*each, incremental_operation=AlterConfigOpType.SET) for each in at_once.items()]
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=changes)
+    admin = AdminClient(client)
+    admin.incremental_alter_configs([resource])[resource].result(30)
 
 
 def largest_memory() -> int:
@@ -111,17 +146,20 @@ def largest_memory() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ids", type=int, default=1_000_000, help="events, each with an id to be remembered")
     parser.add_argument("--keys", type=int, default=200_000, help="customers in the open window")
     arguments = parser.parse_args()
+    ids, keys = arguments.ids, arguments.keys
     topics = Topics.of("bench")
+    state = topics.aggregate_state
     with LocalKafka() as kafka:
-        client: dict[str, Any] = {"bootstrap.servers": kafka.bootstrap_servers}
+        client: dict[str, Any] = {"bootstrap.servers": kafka.bootstrap_servers, "log_level": 3}
         kafka.create_topic(SOURCE, 1)
         # As wide of compaction as is allowed.
         kafka.create_topic(
-            topics.aggregate_state,
+            state,
             1,
             cleanup_policy="compact",
             segment_bytes=64 * 2**20,
@@ -130,23 +168,30 @@ def main() -> None:
         )
         ensure(client, topics, partitions=1, keep_ms=86_400_000)
         begin(client, FACTS, {0: Aggregator(RULES, IDENTITY, 0).commit()})
-        joined = member(client)
-        members = {Stage.AGGREGATE: joined.consumer_group_metadata}
-        with closing(KafkaStore(client, FACTS, members)) as store:
-            commits = fill(store, arguments.ids, arguments.keys)
-        print(
-            f"{len(commits)} commits with {min(COMMIT, arguments.keys):,} changed keys each: "
-            f"median {statistics.median(commits):.2f} s, longest {max(commits):.2f} s",
-            flush=True,
-        )
-        written = ends_of(client, topics.aggregate_state, [0])[0]
-        before = largest_memory()
-        with closing(KafkaStore(client, FACTS, members)) as store:
-            aggregator, read, took = take_over(store)
-        joined.close()
-    print(f"state: {aggregator.open_keys:,} open keys, {aggregator.remembered:,} ids; in its log: {written:,} records")
-    print(f"taken over in {took:.1f} s, of which reading took {read:.1f} s")
-    print(f"memory at most {before} MB before and {largest_memory()} MB after")
+        with closing(member(client)) as joined:
+            members = {Stage.AGGREGATE: joined.consumer_group_metadata}
+            with closing(KafkaStore(client, FACTS, members)) as store:
+                commits = fill(store, take_over(store), ids, ids, keys)
+            print(
+                f"{len(commits)} commits with {min(COMMIT, keys):,} changed keys each: "
+                f"median {statistics.median(commits):.2f} s, longest {max(commits):.2f} s",
+                flush=True,
+            )
+            with closing(KafkaStore(client, FACTS, members)) as store:
+                aggregator = take_over(store, f"nothing compacted, {length(client, state):,} records")
+                compact(client, state)
+                # The first record behind a segment that is old enough begins the next one.
+                time.sleep(1.0)
+                fill(store, aggregator, ids + HEAD, ids, keys)
+                del aggregator
+        expected = keys + HEAD + (ids + HEAD) // IDS_PER_CHUNK + 100
+        deadline = time.monotonic() + COMPACTED_S
+        while (found := length(client, state)) > expected:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{found:,} records are left, not compacted within {COMPACTED_S:.0f} s")
+            time.sleep(1.0)
+        with closing(KafkaStore(client, FACTS, {})) as store:
+            take_over(store, f"all compacted but the last commit, {found:,} records")
 
 
 if __name__ == "__main__":

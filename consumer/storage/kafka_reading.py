@@ -16,7 +16,8 @@ from consumer.storage.kafka_topics import Topics, partitions_of
 
 PATIENCE_S: Final = 60.0
 """How long a transaction of others is waited for: Kafka's own time for it, and the rounds of its check."""
-BATCH: Final = 1_000
+BATCH: Final = 500
+"""Records asked for at once: the fastest size measured."""
 BATCH_S: Final = 0.01
 
 
@@ -43,31 +44,45 @@ class Replay:
         self.position: Position | None = None
         self.entries: dict[bytes, bytes] = {}
         self._place = place
-        self._pending: dict[bytes, bytes | None] = {}
+        self._keys: list[bytes] = []
+        self._values: list[bytes | None] = []
+        """What has been read since the last position, in this order; None deletes."""
         self._wrong: str | None = None
 
-    def read(self, records: Iterable[Read]) -> None:
+    def read(self, records: Sequence[Read]) -> None:
         """Take the next records."""
-        pending = self._pending
-        for record in records:
-            key = record.key()
-            if key != POSITION_KEY:
-                pending[key] = record.value()
-                continue
-            self._move(record.value())
-            deleted = [key for key, value in pending.items() if value is None]
-            for key in deleted:
-                del pending[key]
-                self.entries.pop(key, None)
-            self.entries.update(cast("dict[bytes, bytes]", pending))
-            pending.clear()
+        # In one go, for there may be millions, and few of them are positions.
+        keys = [record.key() for record in records]
+        values = [record.value() for record in records]
+        begin = 0
+        for _ in range(keys.count(POSITION_KEY)):
+            end = keys.index(POSITION_KEY, begin)
+            self._keys += keys[begin:end]
+            self._values += values[begin:end]
+            self._move(values[end])
+            self._count()
+            begin = end + 1
+        self._keys += keys[begin:]
+        self._values += values[begin:]
+
+    def _count(self) -> None:
+        """What has been read before this position counts from now on."""
+        entries = cast("dict[bytes, bytes | None]", self.entries)
+        entries.update(zip(self._keys, self._values, strict=True))
+        if None in self._values:
+            for key in self._keys:
+                if entries.get(key, b"") is None:
+                    del entries[key]
+        self._keys.clear()
+        self._values.clear()
 
     def check(self) -> None:
         """Raise ``StorageError`` where what was read is nobody's state."""
         anew = "Bring the topic back from a backup; `tallyman reset --bill-from T` starts over with events from T on."
         if self._wrong is not None:
             raise StorageError(f"{self._place}: {self._wrong} {anew}")
-        if self.position is None and any(value is not None for value in self._pending.values()):
+        pending = dict(zip(self._keys, self._values, strict=True))
+        if self.position is None and any(value is not None for value in pending.values()):
             raise StorageError(f"{self._place} has entries but does not say how far it has read: it is damaged. {anew}")
 
     def _move(self, value: bytes | None) -> None:
@@ -227,19 +242,17 @@ def committed(
         consumer.assign([TopicPartition(topic, partition, start) for partition, start in at.items()])
         moved = monotonic()
         while left:
-            records: list[Read] = []
-            reached: dict[int, int] = {}
-            for record in cast("Sequence[Read]", consumer.consume(BATCH, BATCH_S)):
-                error = record.error()
-                if error is None:
-                    partition, offset = record.partition(), record.offset()
-                    reached[partition] = offset + 1
-                    if offset < ends[partition]:
-                        records.append(record)
-                elif error.name() == "_PARTITION_EOF":
-                    reached[record.partition()] = record.offset()
-                else:
-                    _hear(error, topic, record.partition())
+            answers = cast("Sequence[Read]", consumer.consume(BATCH, BATCH_S))
+            records = [each for each in answers if each.error() is None]
+            reached = {each.partition(): each.offset() + 1 for each in records}
+            if any(offset > ends[partition] for partition, offset in reached.items()):
+                records = [each for each in records if each.offset() < ends[each.partition()]]
+            for each in answers if len(records) < len(answers) else ():
+                error, partition = each.error(), each.partition()
+                if error is not None and error.name() == "_PARTITION_EOF":
+                    reached[partition] = max(each.offset(), reached.get(partition, 0))
+                elif error is not None:
+                    _hear(error, topic, partition)
             yield records
             for partition, offset in reached.items():
                 if offset > at[partition]:
