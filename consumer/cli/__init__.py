@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from consumer import __version__
 from consumer.aggregate.aggregator import UnbalancedError, UnknownEntryError
-from consumer.cli import letters, parked, show
+from consumer.cli import account, letters, parked, show
 from consumer.cli.options import (
     CLOCK,
     DEFAULT,
@@ -38,9 +38,11 @@ from consumer.runtime import reset as resetting
 from consumer.runtime.customers import CustomerFileError
 from consumer.runtime.intake import IntakeStopped
 from consumer.runtime.redrive import RedriveRefused
+from consumer.runtime.setup import SetupRefused
 from consumer.runtime.source import SourceError
 from consumer.runtime.start import StartRefused, shown
 from consumer.runtime.stripe import WrongMode
+from consumer.runtime.stripe_reads import ReadFailed
 from consumer.storage import Stage, StorageError
 
 WRONG: Final = (
@@ -52,6 +54,7 @@ WRONG: Final = (
     audit.DecisionRefused,
     RedriveRefused,
     resetting.ResetRefused,
+    SetupRefused,
 )
 """What the user has to change before it can work: exit code 2."""
 
@@ -59,6 +62,7 @@ FAILED: Final = (
     StorageError,
     IntakeStopped,
     WrongMode,
+    ReadFailed,
     SourceError,
     EntryError,
     UnbalancedError,
@@ -327,6 +331,9 @@ def reset(
     )
 
 
+# The Stripe account
+
+app.command()(account.setup)
 app.add_typer(parked.app, name="parked")
 app.add_typer(letters.app, name="dead-letters")
 

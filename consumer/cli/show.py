@@ -19,6 +19,7 @@ from consumer.runtime.audit import MAY_BE_THERE, Line, Standing, is_doubtful
 from consumer.runtime.check import Finding
 from consumer.runtime.redrive import Letter, Redriven
 from consumer.runtime.reset import GivenUp, Lost, Old
+from consumer.runtime.setup import Piece
 from consumer.runtime.start import shown
 from consumer.totals import plain
 
@@ -116,6 +117,23 @@ def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
 def findings(found: Iterable[Finding]) -> None:
     """What `check` says."""
     _table(("", "", ""), ((Text(each.level, _COLOURS[each.level]), each.what, each.says) for each in found))
+
+
+def pieces(made: Iterable[Piece]) -> None:
+    """What `setup` found and made."""
+    _table(
+        ("", "", "id", "", ""),
+        (
+            (
+                each.kind,
+                Text("made", "green") if each.made else "there",
+                each.id,
+                each.says,
+                each.link or "",
+            )
+            for each in made
+        ),
+    )
 
 
 def totals(lines: Sequence[Line]) -> None:

@@ -51,7 +51,7 @@ class Silent(ReadFailed):
 
 
 class KeyRefused(ReadFailed):
-    """The key may not read this, or is none."""
+    """The key may not do this, or is none."""
 
 
 class NotThere(ReadFailed):
@@ -290,7 +290,7 @@ def _failure(what: str, failed: stripe.StripeError) -> ReadFailed:
     if _passing(failed):
         return Silent(f"Stripe does not say ({what}, asked {ATTEMPTS} times, {status}: {said}): try again later")
     if status in {401, 403}:
-        return KeyRefused(f"{what}: the Stripe key may not read this ({status}: {said}): give it this permission")
+        return KeyRefused(f"{what}: the Stripe key may not do this ({status}: {said}): give it this permission")
     if status == 404 or code == "resource_missing":
         return NotThere(f"{what}: {said}")
     return ReadFailed(f"{what}: Stripe refuses to say ({status}: {said})")

@@ -52,7 +52,7 @@ class StripeCatalogue(StripeAccount):
         amount = _amount(params)
         recurring = self._recurring(params.get("recurring"))
         holder = next((each for each in self._prices.values() if each["lookup_key"] == params.get("lookup_key")), None)
-        if holder is not None and holder["lookup_key"] is not None:
+        if holder is not None and holder["lookup_key"] is not None and params.get("transfer_lookup_key") != "true":
             # An archived price holds its key too.
             message = f"A price (`{holder['id']}`) already uses that lookup key."
             raise Refused("invalid", message, param="lookup_key", stored=True)
@@ -62,6 +62,8 @@ class StripeCatalogue(StripeAccount):
             product = self._add_product(call, params["product_data"])
         else:
             raise Refused("invalid", "You must provide one of `product` or `product_data`.", code="parameter_missing")
+        if holder is not None:
+            holder["lookup_key"] = None
         price = {
             "id": f"price_{len(self._prices) + 1:014d}",
             "object": "price",

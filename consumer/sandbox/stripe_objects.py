@@ -187,6 +187,7 @@ PRICE = {
     "product_data": Field(fields={name: PRODUCT[name] for name in ("name", "unit_label", "metadata")}),
     "recurring": Field(fields={"interval": _INTERVAL, "usage_type": _USAGE, "meter": Field()}),
     "lookup_key": Field(at_most=200),
+    "transfer_lookup_key": _TRUTH,
     "nickname": Field(),
     "metadata": _METADATA,
 }

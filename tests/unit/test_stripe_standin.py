@@ -579,6 +579,13 @@ def test_a_price_that_cannot_be_is_refused(stripe: StripeStandIn, changes: dict[
     assert priced(stripe, **changes).message == message
 
 
+def test_a_lookup_key_may_be_taken_over(stripe: StripeStandIn) -> None:
+    first = priced(stripe, lookup_key="taken").body["id"]
+    second = priced(stripe, lookup_key="taken", transfer_lookup_key="true").body
+
+    assert (second["lookup_key"], ask(stripe, "GET", f"/v1/prices/{first}").body["lookup_key"]) == ("taken", None)
+
+
 def test_an_inactive_meter_takes_no_price(stripe: StripeStandIn) -> None:
     meter = stripe.model._meter_of["tokens"].id
     ask(stripe, "POST", f"/v1/billing/meters/{meter}/deactivate")
