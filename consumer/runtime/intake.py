@@ -307,10 +307,10 @@ class Intake:
         self._membership.grown(partitions)
 
     def _asked_ends(self, now: int) -> dict[int, int]:
-        if not self.partitions:
-            return {}
         try:
-            ends = self._source.ends(self.partitions, END_S)
+            if not self.partitions:
+                self._source.topic_now(END_S)
+            ends = self._source.ends(self.partitions, END_S) if self.partitions else {}
         except SourceError as failed:
             if self.kafka_silent_since is None:
                 self.kafka_silent_since = now

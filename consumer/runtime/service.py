@@ -33,6 +33,8 @@ from consumer.storage.sqlite import SqliteStore
 
 log = structlog.get_logger()
 
+SLOW_MS: Final = 5_000
+"""A commit that takes so long is one that Kafka, or the disk, does not answer."""
 STUCK_MS: Final = 120_000
 """A loop that has not gone round for so long will not go round again."""
 EXPIRE_EVERY_S: Final = 600.0
@@ -331,7 +333,10 @@ class _Service:
         if not self._settled:
             return [self._waits_for or "the state is being restored"]
         reasons = []
+        elapsed = self._clock.elapsed()
         for stage, each in ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter)):
+            if each is not None and elapsed - each.turned > SLOW_MS:
+                reasons.append(f"stage {stage} has been waiting for its store for {(elapsed - each.turned) // 1000} s")
             if each is not None and each.failing_since is not None:
                 reasons.append(f"stage {stage} has not been able to commit since {start.shown(each.failing_since)}")
         if self._intake is not None:

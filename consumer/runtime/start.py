@@ -38,7 +38,7 @@ def first_start(pipeline: str, bill_from: int | None, found: Found, now: int, *,
         raise StartRefused(
             f"{place} holds no state, but the consumer group {found.group} has read {found.topic.name} "
             "before: the state "
-            "was lost, or this is the wrong place. Starting anew would bill again what has been billed. Put the file "
+            "was lost, or this is the wrong place. Starting anew would bill again what has been billed. Bring it "
             "back from a backup; if it is gone for good, `tallyman reset --bill-from T` starts over with "
             "events from T on."
         )
@@ -61,7 +61,7 @@ def next_start(
     pipeline: str, bill_from: int | None, state: Facts, offsets: Mapping[int, int], found: Found, *, place: str
 ) -> range:
     """Judge a start with state, which has read up to these offsets. Returns the partitions that have been added."""
-    anew = "`tallyman reset --bill-from T` archives the state and starts over with events from T on."
+    anew = "`tallyman reset --bill-from T` starts over with events from T on."
     for what, recorded, now in (
         ("pipeline", state.pipeline, pipeline),
         ("Kafka cluster", state.cluster_id, found.topic.cluster_id),
@@ -71,7 +71,7 @@ def next_start(
             raise StartRefused(
                 f"{place} belongs to the {what} {recorded}, and this is {now}. Offsets and identifiers of "
                 "one mean nothing "
-                f"in the other. Correct the configuration or use another file; {anew}"
+                f"in the other. Correct the configuration; {anew}"
             )
     if bill_from is not None and bill_from != state.bill_from:
         raise StartRefused(
@@ -92,7 +92,7 @@ def next_start(
         if offset < found.committed.get(partition, 0):
             raise StartRefused(
                 f"{place} has read partition {partition} up to {offset}, but the group {found.group} up to "
-                f"{found.committed[partition]}: the file is older than what has been billed. Put back the "
+                f"{found.committed[partition]}: the state is older than what has been billed. Bring back the "
                 f"newest one; {anew}"
             )
         check_within(found, partition, offset)

@@ -186,7 +186,8 @@ class LocalKafka(Kafka):
     outage: the address and the data stay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
+        """`settings` are further ones of the broker, with underscores for dots."""
         _command("java")
         _artifacts()
         self._folder = Path(tempfile.mkdtemp(prefix="tallyman-kafka-"))
@@ -197,7 +198,7 @@ class LocalKafka(Kafka):
             "listeners": f"PLAINTEXT://{self.bootstrap_servers},CONTROLLER://127.0.0.1:{controller}",
             "advertised.listeners": f"PLAINTEXT://{self.bootstrap_servers}",
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-        }
+        } | {name.replace("_", "."): value for name, value in settings.items()}
         self._node = Node(self._folder, properties, heap="512m")
         self.log_file = self._node.log_file
 

@@ -179,9 +179,18 @@ class Transactions:
         while len(producer) and monotonic() < deadline:
             producer.poll(ACKNOWLEDGED_S)
         if self._failed is not None:
+            if self._failed[1].name().startswith("_PURGE"):
+                self._find_cause(producer)
             raise KafkaException(self._failed[1])
         if left := len(producer):
             raise _late(f"{left} records are not acknowledged")
+
+    def _find_cause(self, producer: Producer) -> None:
+        """Records are purged when their transaction has failed. To ask for its commit, which cannot be, tells why."""
+        try:
+            producer.commit_transaction(LEAST_S)
+        except KafkaException as failed:
+            self._failed = "", failed.args[0]
 
     def _commit(self, producer: Producer, deadline: float) -> None:
         while True:
@@ -201,11 +210,10 @@ class Transactions:
 
     def _give_up(self, producer: Producer, error: KafkaError) -> NoReturn:
         """Abort, and say what it was."""
-        topic, cause = self._failed or (None, error)
+        topic, cause = self._failed or ("", error)
         gone = error if error.fatal() else self._abort(producer)
         if gone is not None:
             self._drop()
-            raise Fenced(f"the producer {self.name} is of no use any more: {_told(gone)}") from None
         if error.name() in _REFUSALS:
             raise Refused(error.name(), f"the group refused the commit, nothing of it is there: {_told(error)}")
         if cause.name() in _TOO_LARGE:
@@ -216,6 +224,8 @@ class Transactions:
         if cause.name() in _LASTING:
             where = f" to the topic {topic}" if topic else ""
             raise StorageError(f"Kafka refuses what is written{where}, nothing of it was kept: {_told(cause)}")
+        if gone is not None:
+            raise Fenced(f"the producer {self.name} is of no use any more: {_told(gone)}")
         raise Abandoned(f"the commit was given up, nothing of it is there: {_told(cause)}")
 
     def _abort(self, producer: Producer) -> KafkaError | None:

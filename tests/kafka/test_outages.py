@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+from confluent_kafka.admin._acl import AclBinding, AclBindingFilter, AclOperation, AclPermissionType
 from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
-from confluent_kafka.admin._resource import ResourceType
+from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 
 from consumer.sandbox.kafka import KafkaUnavailableError, LocalKafka
 from consumer.sandbox.kafka_cluster import LocalCluster
@@ -17,6 +19,8 @@ from tests.kafka.harness import Bench, Service, Topic, bench, until
 from tests.kafka.test_distributed import Usage, owned, worker
 
 pytestmark = pytest.mark.kafka
+
+B = TypeVar("B", AclBinding, AclBindingFilter)
 
 
 @pytest.fixture
@@ -39,6 +43,25 @@ def cluster() -> Iterator[LocalCluster]:
         pytest.skip(f"no local brokers to stop and start: {error}")
     with kafka:
         yield kafka
+
+
+@contextmanager
+def guarded() -> Iterator[LocalKafka]:
+    """A broker that looks at rights; whatever is not spoken of is allowed."""
+    try:
+        kafka = LocalKafka(
+            authorizer_class_name="org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            allow_everyone_if_no_acl_found="true",
+        )
+    except KafkaUnavailableError as error:
+        pytest.skip(f"no local broker with rights of its own: {error}")
+    with kafka:
+        yield kafka
+
+
+def rule(kind: type[B], topic: str, operation: AclOperation, permission: AclPermissionType) -> B:
+    """What nobody in particular, which is everybody here, may do with a topic."""
+    return kind(ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", operation, permission)
 
 
 def configure(topic: Topic, name: str, **settings: object) -> None:
@@ -139,6 +162,30 @@ def test_a_cluster_that_refuses_writes_and_then_loses_its_quorum_is_waited_for(t
         usage.produce()
         usage.until_billed(on, service, within=90.0)
         service.until(lambda: service.get("/readyz")[0] == 200, "it is ready again")
+        service.stop()
+
+
+def test_a_right_that_is_taken_away_stops_the_service_and_is_named(tmp_path: Path) -> None:
+    """Nothing of it mends itself: to try again for ever would look like an outage."""
+    with guarded() as kafka, bench(kafka, tmp_path) as on:
+        topic = Topic.create(kafka, 2, arrival="create_time")
+        service = worker(on, topic)
+        usage = Usage(topic)
+        service.start()
+        usage.produce()
+        usage.until_billed(on, service)
+        totals = f"tallyman-{service.config['pipeline']}-totals"
+        allowed = rule(AclBinding, totals, AclOperation.ALL, AclPermissionType.ALLOW)
+        forbidden = totals, AclOperation.WRITE, AclPermissionType.DENY
+        for done in topic.admin.create_acls([allowed, rule(AclBinding, *forbidden)]).values():
+            done.result(10.0)
+        usage.produce()
+        said = service.fails()
+        assert "Kafka refuses what is written, nothing of it was kept: TOPIC_AUTHORIZATION_FAILED" in said
+        for removed in topic.admin.delete_acls([rule(AclBindingFilter, *forbidden)]).values():
+            removed.result(10.0)
+        service.start()
+        usage.until_billed(on, service)
         service.stop()
 
 
