@@ -24,8 +24,10 @@ format: .venv/.dev ## rewrite the code in the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.dev ## speed of stage 1 on a real Kafka, as ratios to two ceilings
+bench: .venv/.dev ## speed of stage 1 on a real Kafka, of two processes against one, and of a restore
 	$(BIN)/python -m benchmarks.aggregate
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.restore
 
 chaos: .venv/.dev ## a million events, three processes, three brokers, forty faults: billed must equal produced
 	$(BIN)/python -m tests.chaos --events 1000000 --workers 3 --partitions 12 --faults 40 --brokers 3 --seed 1
