@@ -107,23 +107,37 @@ class Wanted:
 
 def lines(store: Archive, wanted: Wanted) -> Iterator[Line]:
     """The totals that are wanted, each once: what is finished, partition by partition in its order, then the others."""
+    finished = not wanted.states or bool(wanted.states - UNFINISHED)
+    unfinished = not wanted.states or bool(wanted.states & UNFINISHED)
+    for each in standing(store, finished=finished, unfinished=unfinished):
+        match each:
+            case Outcome():
+                line = _finished(each)
+            case Entry():
+                line = _line(each.total, each)
+            case Total():
+                line = _line(each)
+        if line in wanted:
+            yield line
+
+
+def standing(store: Archive, *, finished: bool = True, unfinished: bool = True) -> Iterator[Outcome | Entry | Total]:
+    """All totals, each once, as it stands: finished, at work in stage 2, or not read by it yet, in this order."""
     settled = store.settled(Log.OUTCOMES)
     unread, entries = _state(store)
     ends, below = store.ends(Log.OUTCOMES), store.ends(Log.TOTALS)
     late = {each.identifier: each for each in _outcomes(store, settled, ends)}
-    if not wanted.states or wanted.states - UNFINISHED:
-        for outcome in chain(_outcomes(store, {}, settled), late.values()):
-            if (line := _finished(outcome)) in wanted:
-                yield line
-    if wanted.states and not wanted.states & UNFINISHED:
+    if finished:
+        yield from chain(_outcomes(store, {}, settled), late.values())
+    if not unfinished:
         return
     for entry in map(unpack, entries):
-        if entry.total.identifier not in late and (line := _line(entry.total, entry)) in wanted:
-            yield line
+        if entry.total.identifier not in late:
+            yield entry
     for each in store.logged(Log.TOTALS, unread, below):
         record = totals.decode(each.value)
-        if isinstance(record, Total) and record.identifier not in late and (line := _line(record)) in wanted:
-            yield line
+        if isinstance(record, Total) and record.identifier not in late:
+            yield record
 
 
 def _state(store: Archive) -> tuple[dict[int, int], list[bytes]]:
