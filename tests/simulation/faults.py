@@ -189,7 +189,7 @@ def _stable_end() -> Iterator[None]:
 @fault(
     "the clock is read after the end was asked for",
     "What arrives in between is older than the clock, and late through no fault of its own.",
-    within=150,
+    within=40,
 )
 def _clock_after_end() -> Iterator[None]:
     def look_at_end(self: Intake, number: int) -> Steps:
@@ -235,7 +235,7 @@ def _unfenced() -> Iterator[None]:
 @fault(
     "the group is asked who we are when it commits, not when it was polled",
     "Partitions were lost and won in between: the new generation covers for what was computed in the old one.",
-    within=60,
+    within=150,
 )
 def _metadata_fresh() -> Iterator[None]:
     def fresh(self: Shell) -> Metadata:
@@ -248,7 +248,7 @@ def _metadata_fresh() -> Iterator[None]:
 @fault(
     "a partition that was revoked is committed still",
     "The group checks who commits, and not what: the state is written over that of the new owner.",
-    within=60,
+    within=20,
 )
 def _not_cut() -> Iterator[None]:
     def keeps(self: Shell, partitions: Any) -> None:
@@ -263,7 +263,7 @@ def _not_cut() -> Iterator[None]:
 @fault(
     "a restore is taken for another one of the same partition",
     "The partition was lost while it was restored, worked on elsewhere, and won again: its state is as old as that.",
-    within=60,
+    within=200,
 )
 def _any_restore() -> Iterator[None]:
     def any_(self: Shell, job: Job) -> bool:
@@ -276,7 +276,7 @@ def _any_restore() -> Iterator[None]:
 @fault(
     "what was taken back while it was restored is taken over",
     "Two work on one partition: what the second one reads is never committed, or what it sends is sent twice.",
-    within=60,
+    within=20,
 )
 def _not_given_up() -> Iterator[None]:
     def all_(self: Shell, job: Job) -> bool:
@@ -359,7 +359,7 @@ def _appends_alone() -> Iterator[None]:
 @fault(
     "restore drops the tail",
     "A commit that is made while its successor restores is not seen: what it read is read, and billed, again.",
-    within=60,
+    within=150,
 )
 def _tail_dropped() -> Iterator[None]:
     with patch.object(SimulatedStore, "unstable", lambda *_: False):
@@ -638,7 +638,7 @@ def _mark_forgotten() -> Iterator[None]:
 @fault(
     "every partition has a gate of its own",
     "Stripe takes the key no more, and each partition knocks for itself.",
-    within=300,
+    within=40,
 )
 def _own_gates() -> Iterator[None]:
     begin = Reporter.begin
@@ -680,7 +680,7 @@ def _waits_for_the_gone() -> Iterator[None]:
 @fault(
     "a partition that has gone keeps its turn to probe",
     "Whoever was to probe for all is not asked any more, and the others wait for it.",
-    within=20,
+    within=40,
 )
 def _keeps_its_turn() -> Iterator[None]:
     def half(self: Schedule) -> None:

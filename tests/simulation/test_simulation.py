@@ -48,7 +48,11 @@ def test_the_seeds_meet_everything() -> None:
     met = sum((run(seed).met for seed in range(60)), start=run(60).met)
     wanted = [
         *(f"a commit {fate}" for fate in ("fails", "is lost", "is late", "is unknown")),
-        *("crash", "pause", "rebalance", "jump", "quiet clock", "transaction"),
+        *("crash", "pause", "stall", "cut off", "rebalance", "jump", "quiet clock", "transaction", "a slow answer"),
+        *("assigned", "revoked", "lost", "lost while it is restored", "a restore is in vain"),
+        *("a commit is refused", "others go on after a failed commit", "dropped with requests on their way"),
+        "sent by who is no member",
         *("Stripe away", "an answer is lost", "in doubt", "foreign", "a probe for several"),
     ]
     assert {what: met[what] for what in wanted if met[what] < 10} == {}
+    assert met["not waited for any longer"], "the answers of a partition that goes are seldom so late"
