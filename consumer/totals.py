@@ -72,6 +72,9 @@ class Command(msgspec.Struct, frozen=True, tag_field="kind", tag="command"):
     reason: str
     at: int
     """Milliseconds since the epoch, by the operator's clock."""
+    parking: int | None = None
+    """Which time it is parked, as the operator saw it: of any other one nothing is decided. None is what earlier
+    versions wrote: it means any, and releases nothing that may be at Stripe."""
 
 
 Record = Total | Advance | Command

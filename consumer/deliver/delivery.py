@@ -12,7 +12,18 @@ import msgspec
 
 from consumer.deliver.answers import Answer, Heard, Verdict, judge
 from consumer.deliver.customers import Customers, LookupFailedError, UnmappedError
-from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Entry, How, Reason, State, outcome, pack, unpack
+from consumer.deliver.entries import (
+    LONGEST,
+    SAME_IDENTIFIER_FOR,
+    Entry,
+    How,
+    Reason,
+    State,
+    identifier_of,
+    outcome,
+    pack,
+    unpack,
+)
 from consumer.deliver.held import Parked, Seats
 from consumer.deliver.journal import Journal
 from consumer.deliver.ledger import PREFIX, Ledger
@@ -33,6 +44,7 @@ class Attempt(msgspec.Struct, frozen=True):
     """One Meter Event that may be written to Stripe now."""
 
     identifier: str
+    """As Stripe is told it."""
     key: str
     """The Idempotency-Key."""
     meter: str
@@ -42,6 +54,13 @@ class Attempt(msgspec.Struct, frozen=True):
     timestamp: int
     """Whole seconds since the epoch."""
     stripe_customer: str
+    generation: int = 1
+    """Of the identifier."""
+
+    @property
+    def total(self) -> str:
+        """The identifier of the total, in all its generations."""
+        return self.identifier if self.generation == 1 else self.identifier.removesuffix(f"-g{self.generation}")
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -240,18 +259,16 @@ class Delivery:
         """Do what an operator decided about a parked total; to do it twice is to do it once."""
         identifier = command.identifier
         entry = self._parked.get(identifier)
-        if entry is None:
-            self._note(now, identifier, f"{command.action} by {command.by}: it is not parked")
+        refusal = "it is not parked" if entry is None else _refusal(entry, command)
+        if refusal:
+            self._note(now, identifier, f"{command.action} by {command.by} is refused: {refusal}")
         elif command.action == "discard":
-            self._finish(self._unpark(identifier), "discarded", now, command=command)
-        elif entry.first_unproven is not None:
-            text = (
-                f"release by {command.by} is refused ({entry.reason}): an event with this identifier may be at Stripe"
-            )
-            self._note(now, identifier, text)
+            self._finish(self._unpark(identifier, command), "discarded", now, command=command)
         else:
-            self._stopped.pop(entry.total.stripe.event_name, None)
-            self._place(self._unpark(identifier), now)
+            released = self._unpark(identifier, command)
+            self._stopped.pop(released.total.stripe.event_name, None)
+            released.renew()
+            self._place(released, now)
         self._fill(now)
 
     def remap(self, customers: Customers, now: int) -> None:
@@ -294,7 +311,8 @@ class Delivery:
             self._futile.clear()
         while (taken := self._schedule.take(now)) is not None:
             if self._may_go(taken, now):
-                attempt = self._attempts[taken.entry.total.identifier] = _attempt(taken.entry)
+                attempt = _attempt(taken.entry)
+                self._attempts[attempt.identifier] = attempt
                 return attempt
             self._turn_back(taken, now)
         return None
@@ -307,7 +325,7 @@ class Delivery:
         """Whether the attempt may be written at this moment; False ends it, and no answer to it is expected."""
         if self._attempts.get(attempt.identifier) is not attempt:
             return False
-        live = self._live[attempt.identifier]
+        live = self._live[attempt.total]
         if self._may_go(live, now):
             return True
         del self._attempts[attempt.identifier]
@@ -325,7 +343,7 @@ class Delivery:
         self._schedule.ended(live)
         if live.tried:
             self._unseat(live)
-            self._park(live.entry, Reason.IN_DOUBT)
+            self._park(live.entry, Reason.IN_DOUBT, now)
         else:
             self._look(live, now)
         self._fill(now)
@@ -335,12 +353,12 @@ class Delivery:
         if self._attempts.get(attempt.identifier) is not attempt:
             return
         del self._attempts[attempt.identifier]
-        live = self._live[attempt.identifier]
+        live = self._live[attempt.total]
         verdict = judge(heard)
         self._schedule.ended(live)
         live.entry.attempts += 1
         if verdict.stored:
-            live.entry.generation += 1
+            live.entry.key_number += 1
         for other in self._schedule.heard(live, heard, verdict, now):
             self._look(other, now)
         if not self.shut:
@@ -349,7 +367,7 @@ class Delivery:
         if not live.tried and (replayed or verdict in _COLLISIONS):
             # The mark stays: an event with this identifier is at Stripe, and nobody knows since when.
             self._unseat(live)
-            self._park(live.entry, Reason.COLLISION, heard.message)
+            self._park(live.entry, Reason.COLLISION, now, heard.message)
         elif verdict is Verdict.DELIVERED or verdict is Verdict.DUPLICATE:
             self._stopped.pop(attempt.event_name, None)
             self._unseat(live)
@@ -369,10 +387,10 @@ class Delivery:
         if verdict is Verdict.METER_REFUSED:
             self._stopped[entry.total.stripe.event_name] = message or ""
             self._unseat(live)
-            self._park(entry, Reason.METER, message)
+            self._park(entry, Reason.METER, now, message)
         elif verdict is Verdict.REFUSED and self.shut is not Shut.REFUSALS:
             self._unseat(live)
-            self._park(entry, Reason.REFUSED, message)
+            self._park(entry, Reason.REFUSED, now, message)
         else:
             if verdict is Verdict.REFUSED:
                 self._futile.add(entry.total.identifier)
@@ -388,7 +406,7 @@ class Delivery:
         try:
             entry.customer = self._customers.stripe_customer(total.customer)
         except UnmappedError:
-            self._park(entry, Reason.UNMAPPED)
+            self._park(entry, Reason.UNMAPPED, now)
             return
         except LookupFailedError:
             known = False
@@ -396,7 +414,7 @@ class Delivery:
         if known and entry.customer is None:
             self._finish(entry, "unbilled", now)
         elif total.stripe.event_name in self._stopped:
-            self._park(entry, Reason.METER, self._stopped[total.stripe.event_name])
+            self._park(entry, Reason.METER, now, self._stopped[total.stripe.event_name])
         elif not self._seats.free(customer):
             entry.state = State.ASIDE
             self._journal.put(total.identifier, self._seats.set_aside(customer, entry))
@@ -433,14 +451,18 @@ class Delivery:
         del self._live[identifier]
         self._seats.leave(live.seat)
 
-    def _park(self, entry: Entry, reason: Reason, message: str | None = None) -> None:
+    def _park(self, entry: Entry, reason: Reason, now: int, message: str | None = None) -> None:
         entry.state, entry.reason, entry.message = State.PARKED, reason, message
+        entry.parking, entry.parked_at = entry.parking + 1, now
         self.ledger.park(entry.total, reason)
         self._journal.put(entry.total.identifier, self._parked.add(entry))
 
-    def _unpark(self, identifier: str) -> Entry:
+    def _unpark(self, identifier: str, command: Command | None = None) -> Entry:
         entry, reason = self._parked.pop(identifier)
         self.ledger.unpark(entry.total, reason)
+        if command is not None:
+            entry.decided(command, reason)
+        entry.reason = entry.message = None
         return entry
 
     def _finish(
@@ -460,7 +482,7 @@ def _attempt(entry: Entry) -> Attempt:
         raise RuntimeError(f"{total.identifier} was armed without a customer")
     value = plain(for_stripe(scaled(total.value)))
     return Attempt(
-        identifier=total.identifier,
+        identifier=entry.identifier,
         key=entry.key,
         meter=total.meter,
         event_name=to.event_name,
@@ -468,7 +490,30 @@ def _attempt(entry: Entry) -> Attempt:
         payload={to.customer_key: entry.customer, to.value_key: value},
         timestamp=total.timestamp,
         stripe_customer=entry.customer,
+        generation=entry.generation,
     )
+
+
+def _refusal(entry: Entry, command: Command) -> str | None:
+    """Why a decision about a parked total is not carried out; None where it is."""
+    if command.parking is not None and command.parking != entry.parking:
+        return (
+            f"it was decided when the total was parked for the {_nth(command.parking)} time, and this is the "
+            f"{_nth(entry.parking)}"
+        )
+    if command.action == "discard" or entry.first_unproven is None:
+        return None
+    if command.parking is None:
+        return (
+            f"an event with this identifier may be at Stripe ({entry.reason}), and the decision does not allow for it"
+        )
+    if len(identifier_of(entry.total.identifier, entry.generation + 1)) > LONGEST:
+        return "its identifier is too long to have another generation"
+    return None
+
+
+def _nth(number: int) -> str:
+    return f"{number}{'th' if 10 < number % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def _pack(live: Live) -> bytes:

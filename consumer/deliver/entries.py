@@ -12,7 +12,18 @@ HOUR: Final = 3_600_000
 SAME_IDENTIFIER_FOR: Final = 23 * HOUR
 """Stripe keeps identifiers unique for 24 hours; one of them is left for clocks and for the request's way."""
 
-_VERSION: Final = b"\x01"
+LONGEST: Final = 100
+"""Characters of an identifier that Stripe takes."""
+
+LONGEST_REASON: Final = 1_000
+"""Characters of why somebody decided, as far as they are kept in an entry."""
+
+KEPT: Final = 20
+"""Decisions that are kept of a total, beside those that left a doubt behind: these are all kept."""
+
+_VERSION: Final = b"\x02"
+_READ: Final = frozenset({b"\x01", _VERSION})
+"""Version 1 had no generations and no decisions: their fields are at the end, and have defaults."""
 
 
 class State(StrEnum):
@@ -36,6 +47,37 @@ class Reason(StrEnum):
     IN_DOUBT = "in_doubt"
 
 
+def identifier_of(identifier: str, generation: int) -> str:
+    """What Stripe is told in a generation of a total's identifier: the first one is the total's own."""
+    return identifier if generation == 1 else f"{identifier}-g{generation}"
+
+
+class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a person decided about a parked total, and what was known of it then. Times are milliseconds."""
+
+    action: Literal["release", "discard"]
+    by: str
+    reason: str
+    at: int
+    """By the person's clock."""
+    parked: Reason
+    """Why it was parked."""
+    parked_at: int
+    generation: int = 1
+    """Of the identifier, until then."""
+    attempts: int = 0
+    first_unproven: int | None = None
+    """Where there is one, an event with the identifier of that generation may be at Stripe, whatever was decided."""
+    stripe_customer: str | None = None
+    message: str | None = None
+    """What Stripe said, where that is why it was parked."""
+
+    @property
+    def newest(self) -> int | None:
+        """Stripe has not taken an event of that generation later; None where it can have taken none."""
+        return None if self.first_unproven is None else self.parked_at or self.first_unproven + SAME_IDENTIFIER_FOR
+
+
 class Entry(msgspec.Struct, array_like=True):
     """A total that is not finished. Times are milliseconds since the epoch."""
 
@@ -45,19 +87,55 @@ class Entry(msgspec.Struct, array_like=True):
     """The Stripe customer; it stays the same from the first attempt that is not proven absent."""
     first_unproven: int | None = None
     """No later than the first attempt that may have left an event at Stripe; None where none can have."""
-    generation: int = 0
+    key_number: int = 0
     """Of the idempotency key."""
     attempts: int = 0
     next_look: int = 0
     reason: Reason | None = None
     message: str | None = None
     """What Stripe said, where that is why it is parked."""
+    generation: int = 1
+    """Of the identifier: how often the total has begun anew, with a doubt left behind, and this time."""
+    parking: int = 0
+    """How often it has been parked; what is decided is decided about one of them."""
+    parked_at: int = 0
+    """When it was parked last."""
+    decisions: list[Decision] = []
+
+    @property
+    def identifier(self) -> str:
+        """What Stripe is told; the entry itself is known by the total's."""
+        return identifier_of(self.total.identifier, self.generation)
 
     @property
     def key(self) -> str:
         """The Idempotency-Key of the next attempt."""
-        identifier = self.total.identifier
-        return f"{identifier}:{self.generation}" if self.generation else identifier
+        return f"{self.identifier}:{self.key_number}" if self.key_number else self.identifier
+
+    def decided(self, command: Command, reason: Reason) -> None:
+        """Note what a person decided, who and why, and what may be at Stripe all the same."""
+        decision = Decision(
+            action=command.action,
+            by=command.by[:LONGEST],
+            reason=command.reason[:LONGEST_REASON],
+            at=command.at,
+            parked=reason,
+            parked_at=self.parked_at,
+            generation=self.generation,
+            attempts=self.attempts,
+            first_unproven=self.first_unproven,
+            stripe_customer=self.customer,
+            message=self.message,
+        )
+        clear = [each for each in self.decisions if each.first_unproven is None]
+        dropped = clear[0] if len(clear) >= KEPT else None
+        self.decisions = [*(each for each in self.decisions if each is not dropped), decision]
+
+    def renew(self) -> None:
+        """Begin anew: under the next generation of the identifier, where the last one may be at Stripe."""
+        if self.first_unproven is not None:
+            self.generation += 1
+            self.key_number = self.attempts = 0
 
 
 class EntryError(ValueError):
@@ -75,7 +153,7 @@ def pack(entry: Entry) -> bytes:
 
 def unpack(value: bytes) -> Entry:
     """The entry that was packed; raises ``EntryError``."""
-    if value[:1] != _VERSION:
+    if value[:1] not in _READ:
         raise EntryError(f"version {value[:1].hex() or 'none'} of a delivery entry is unknown: use the newer tallyman")
     try:
         return _decoder.decode(value[1:])
@@ -120,8 +198,14 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """The last Idempotency-Key; Stripe's error reports name it."""
     first_unproven: int | None = None
     by: str | None = None
-    """Who decided, where a person did."""
+    """Who decided that it ends, where a person did."""
     reason: str | None = None
+    generation: int = 1
+    """Of the identifier, at the end."""
+    billed_as: str | None = None
+    """The identifier that Stripe was told, where it was billed under another one than its own."""
+    decisions: tuple[Decision, ...] = ()
+    """What people decided, from the first one on."""
 
 
 def outcome(entry: Entry, how: How, at: int, *, key: str | None = None, command: Command | None = None) -> Outcome:
@@ -153,6 +237,9 @@ def outcome(entry: Entry, how: How, at: int, *, key: str | None = None, command:
         first_unproven=entry.first_unproven,
         by=command.by if command else None,
         reason=command.reason if command else None,
+        generation=entry.generation,
+        billed_as=entry.identifier if how in BILLED and entry.generation > 1 else None,
+        decisions=tuple(entry.decisions),
     )
 
 

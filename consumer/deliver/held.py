@@ -125,7 +125,6 @@ class Parked:
             del self._unmapped[customer][identifier]
             if not self._unmapped[customer]:
                 del self._unmapped[customer]
-        entry.reason = entry.message = None
         return entry, reason
 
     def unmapped(self) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Stripe, as operators' commands ask it: meters, prices, customers, and what its summaries say was used.
 
 Stripe shows sums alone: no event can be looked up. A summary says nothing of how fresh it is. It is "eventually
-consistent", nothing is promised, and minutes of lag have been seen; ``FINAL_AFTER`` is what is relied on here.
+consistent", nothing is promised, and minutes of lag have been seen.
 """
 
 import math
@@ -20,10 +20,6 @@ from consumer.aggregate.clock import Reading
 from consumer.runtime.clocks import Clock
 from consumer.runtime.stripe import API_VERSION, WrongMode
 from consumer.totals import SCALE
-
-FINAL_AFTER: Final = 24 * 3_600_000
-"""Milliseconds after which what Stripe has taken is relied on to be in its summaries: a hundred times the lags that
-have been seen, because doubts come from the days on which Stripe is not well."""
 
 ATTEMPTS: Final = 5
 """Of one read; to read twice does no harm."""

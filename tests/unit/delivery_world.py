@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from consumer.deliver.answers import Answer, Heard
 from consumer.deliver.customers import LookupFailedError, UnmappedError
@@ -122,10 +123,12 @@ class World:
         )
         return identifier
 
-    def command(self, action: str, identifier: str) -> None:
-        """One more command in the log."""
-        decided = "release" if action == "release" else "discard"
-        self.log.append(Command(decided, identifier, "eve", "because", self.now))  # type: ignore[arg-type]
+    def command(self, action: str, identifier: str, by: str = "eve") -> Command:
+        """One more command in the log, about the total as it is parked now."""
+        parking = next((each.parking for each in self.delivery.parked() if each.total.identifier == identifier), 1)
+        decided: Literal["release", "discard"] = "release" if action == "release" else "discard"
+        self.log.append(command := Command(decided, identifier, by, "because", self.now, parking))
+        return command
 
     def advance(self) -> None:
         """One more advance in the log."""
@@ -178,7 +181,7 @@ class World:
         """The next attempt, which must be marked durably already."""
         attempt = self.delivery.next(self.now)
         if attempt is not None:
-            durable = self.entry(attempt.identifier)
+            durable = self.entry(attempt.total)
             assert durable.first_unproven is not None, "sent without a durable mark"
             assert durable.customer == attempt.stripe_customer, "sent to somebody else than the entry says"
         return attempt
