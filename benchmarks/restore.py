@@ -11,6 +11,8 @@ import argparse
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -79,6 +81,11 @@ def records(first: int, last: int, ids: int, keys: int) -> Iterator[list[Record]
         ]
 
 
+def client_of(servers: str) -> dict[str, Any]:
+    """The settings of every client."""
+    return {"bootstrap.servers": servers, "log_level": 3}
+
+
 def member(client: dict[str, Any]) -> Consumer:
     """The one member of stage 1's group."""
     assigned: list[object] = []
@@ -108,22 +115,27 @@ def fill(store: KafkaStore, aggregator: Aggregator, last: int, ids: int, keys: i
     return took
 
 
-def take_over(store: KafkaStore, what: str | None = None) -> Aggregator:
-    """A restore; says what it took, of what is described so."""
-    stopwatch = Stopwatch()
-    restored = store.restore(Stage.AGGREGATE, 0)
-    assert restored is not None  # noqa: S101 - it has begun
-    read = stopwatch.read()
-    aggregator = Aggregator(RULES, IDENTITY, restored.offset, restored.entries)
-    took = stopwatch.read()
-    if what is not None:
-        print(
-            f"{what}: {aggregator.open_keys:,} open keys and {aggregator.remembered:,} ids taken over in "
-            f"{took['wall']:.1f} s ({took['cpu']:.1f} s of CPU), of which reading took {read['wall']:.1f} s "
-            f"({read['cpu']:.1f}); load {os.getloadavg()[0]:.1f}, memory at most {largest_memory()} MB so far",
-            flush=True,
-        )
-    return aggregator
+def take_over(client: dict[str, Any]) -> None:
+    """A stranger's restore; prints what it took."""
+    with closing(KafkaStore(client, FACTS, {})) as store:
+        stopwatch = Stopwatch()
+        restored = store.restore(Stage.AGGREGATE, 0)
+        assert restored is not None  # noqa: S101 - it has begun
+        read = stopwatch.read()
+        aggregator = Aggregator(RULES, IDENTITY, restored.offset, restored.entries)
+        took = stopwatch.read()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(
+        f"{aggregator.open_keys:,} open keys and {aggregator.remembered:,} ids taken over in {took['wall']:.1f} s "
+        f"({took['cpu']:.1f} s of CPU), of which reading took {read['wall']:.1f} s ({read['cpu']:.1f}); "
+        f"memory at most {memory} MB, load {os.getloadavg()[0]:.1f}",
+    )
+
+
+def measure(servers: str, what: str) -> None:
+    """The same in a process of its own."""
+    print(f"{what}: ", end="", flush=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.restore", "--child", servers], check=True)
 
 
 def length(client: dict[str, Any], topic: str) -> int:
@@ -140,22 +152,22 @@ def compact(client: dict[str, Any], topic: str) -> None:
     admin.incremental_alter_configs([resource])[resource].result(30)
 
 
-def largest_memory() -> int:
-    """Of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ids", type=int, default=1_000_000, help="events, each with an id to be remembered")
     parser.add_argument("--keys", type=int, default=200_000, help="customers in the open window")
+    parser.add_argument("--child", metavar="SERVERS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        take_over(client_of(arguments.child))
+        return
     ids, keys = arguments.ids, arguments.keys
     topics = Topics.of("bench")
     state = topics.aggregate_state
     with LocalKafka() as kafka:
-        client: dict[str, Any] = {"bootstrap.servers": kafka.bootstrap_servers, "log_level": 3}
+        servers = kafka.bootstrap_servers
+        client = client_of(servers)
         kafka.create_topic(SOURCE, 1)
         # As wide of compaction as is allowed.
         kafka.create_topic(
@@ -171,27 +183,26 @@ def main() -> None:
         with closing(member(client)) as joined:
             members = {Stage.AGGREGATE: joined.consumer_group_metadata}
             with closing(KafkaStore(client, FACTS, members)) as store:
-                commits = fill(store, take_over(store), ids, ids, keys)
-            print(
-                f"{len(commits)} commits with {min(COMMIT, keys):,} changed keys each: "
-                f"median {statistics.median(commits):.2f} s, longest {max(commits):.2f} s",
-                flush=True,
-            )
-            with closing(KafkaStore(client, FACTS, members)) as store:
-                aggregator = take_over(store, f"nothing compacted, {length(client, state):,} records")
+                restored = store.restore(Stage.AGGREGATE, 0)
+                assert restored is not None  # noqa: S101 - it has begun
+                aggregator = Aggregator(RULES, IDENTITY, restored.offset, restored.entries)
+                commits = fill(store, aggregator, ids, ids, keys)
+                print(
+                    f"{len(commits)} commits with {min(COMMIT, keys):,} changed keys each: "
+                    f"median {statistics.median(commits):.2f} s, longest {max(commits):.2f} s"
+                )
+                measure(servers, f"nothing compacted, {length(client, state):,} records")
                 compact(client, state)
                 # The first record behind a segment that is old enough begins the next one.
                 time.sleep(1.0)
                 fill(store, aggregator, ids + HEAD, ids, keys)
-                del aggregator
         expected = keys + HEAD + (ids + HEAD) // IDS_PER_CHUNK + 100
         deadline = time.monotonic() + COMPACTED_S
         while (found := length(client, state)) > expected:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{found:,} records are left, not compacted within {COMPACTED_S:.0f} s")
             time.sleep(1.0)
-        with closing(KafkaStore(client, FACTS, {})) as store:
-            take_over(store, f"all compacted but the last commit, {found:,} records")
+        measure(servers, f"all compacted but the last commit, {found:,} records")
 
 
 if __name__ == "__main__":
