@@ -100,6 +100,10 @@ class Faults:
     ) -> None:
         self.done: Counter[str] = Counter()
         """Faults that have happened, by kind, as they came out."""
+        self.about_to_aim = 0
+        """Stories that are going to catch a worker in the middle of a commit: something has to be left to commit."""
+        self.aiming = False
+        """Whether one of them is at it: commits have to go on."""
         self._kafka = kafka
         self._fleet = fleet
         self._observer = observer
@@ -171,9 +175,13 @@ class Faults:
         worker.busy = False
 
     def _zombie_in_commit(self, stage: Stage) -> Story:
+        self.about_to_aim += 1
         worker = yield from self._chosen(stage, others=1)
         yield lambda: bool(self._observer.owned(stage).get(worker.name))
-        if not self._caught(worker, stage):
+        self.about_to_aim, self.aiming = self.about_to_aim - 1, True
+        caught = self._caught(worker, stage)
+        self.aiming = False
+        if not caught:
             self._note(f"{Kind.ZOMBIE_IN_COMMIT}, missed", worker)
             worker.busy = False
             return

@@ -17,7 +17,7 @@ from consumer.sandbox import traffic
 from consumer.sandbox.kafka import Kafka
 from consumer.sandbox.traffic import METERS, MINUTE_MS, REACH_MS, Counts, Mix, Traffic, tombstones
 from consumer.storage import Log, Stage
-from tests.chaos.faults import Faults, Kind, Plan
+from tests.chaos.faults import AIM_S, Faults, Kind, Plan
 from tests.chaos.observer import Observer
 from tests.chaos.workers import BOTH, ONLY, Failed, Fleet, failed_commits, tracebacks
 from tests.exactness.checks import NotExactError, Produced, Verdict, compare
@@ -118,6 +118,8 @@ def prove(kafka: Kafka, scenario: Scenario, plan: Plan, folder: Path, say: Calla
         fleet.stop()
         seconds = time.monotonic() - began
         verdict = _judged(kafka, made, fleet, scenario, stripe.url)
+        if faults.done[Kind.ZOMBIE_IN_COMMIT]:
+            _check_refused(verdict, fleet)
         stats = ask(stripe.url, "stats")
     return Report(
         seconds=seconds,
@@ -169,7 +171,7 @@ class _Run:
             topic,
             self._made.messages(scenario.events, start_ms=first_ms, duration_ms=scenario.minutes * MINUTE_MS),
             scenario.rate,
-            lambda: self._allowed,
+            self._may_be_produced,
         )
         for number, (kind, stage) in enumerate(plan, 1):
             self._until(lambda: observer.consumed >= step * number, lambda: observer.consumed, "counting")  # noqa: B023
@@ -179,6 +181,12 @@ class _Run:
         self._until(production.done, lambda: production.sent, "producing")
         traffic.produce(kafka.bootstrap_servers, topic, tombstones(scenario.partitions, time.time_ns() // 10**6))
         self._say(f"all {scenario.events} events are produced; {self._stripe.accepted} Meter Events taken")
+
+    def _may_be_produced(self) -> float:
+        events = self._scenario.events
+        if self._faults.aiming:
+            return events
+        return min(self._allowed, events - AIM_S * self._scenario.rate) if self._faults.about_to_aim else self._allowed
 
     def sending(self, plan: Sequence[tuple[Kind, Stage]]) -> None:
         """Faults while the rest is sent."""
@@ -255,3 +263,12 @@ def _judged(kafka: Kafka, made: Traffic, fleet: Fleet, scenario: Scenario, strip
     if wrong:
         raise NotExactError("\n".join(wrong))
     return verdict
+
+
+def _check_refused(verdict: Verdict, fleet: Fleet) -> None:
+    """Of the commits that zombies went on with, at least one was seen to be refused. Raises ``NotExactError``."""
+    for where, failed in (("logs", sum(map(failed_commits, fleet.all), Failed())), ("metrics", fleet.failed_commits)):
+        refused = sum(count for (_, how), count in failed.items() if how == "refused")
+        if not refused:
+            raise NotExactError(f"a worker woke in the middle of its commit, but the {where} tell of none refused")
+        verdict.compared.append(f"commits that were refused, by the {where}: {refused}")
