@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from consumer import __version__
 from consumer.aggregate.aggregator import UnbalancedError, UnknownEntryError
-from consumer.cli import account, letters, parked, show
+from consumer.cli import account, letters, parked, show, show_totals
 from consumer.cli.options import (
     CLOCK,
     DEFAULT,
@@ -34,6 +34,7 @@ from consumer.config import ConfigError
 from consumer.deliver.entries import EntryError
 from consumer.runtime import audit, logs, service
 from consumer.runtime import check as checking
+from consumer.runtime import explain as explaining
 from consumer.runtime import reset as resetting
 from consumer.runtime.customers import CustomerFileError
 from consumer.runtime.intake import IntakeStopped
@@ -52,6 +53,7 @@ WRONG: Final = (
     StartRefused,
     CustomerFileError,
     audit.DecisionRefused,
+    explaining.Unknown,
     RedriveRefused,
     resetting.ResetRefused,
     SetupRefused,
@@ -254,6 +256,10 @@ def totals(
         list[audit.Standing] | None,
         typer.Option(help="Only those in this state; may be given several times."),
     ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="IDENTIFIER", help="All that is kept of this total, instead of a list."),
+    ] = None,
     limit: Limit = 50,
     as_json: Json = False,
 ) -> None:
@@ -262,8 +268,19 @@ def totals(
     --since and --until are about the beginning of the window. States: pending (not sent yet), delivered, parked (waits
     for somebody, see `tallyman parked`), unbilled (the customer is mapped to null), zero, discarded, refused.
 
+    --explain tells the whole story of one total: where in the topic its events lie, its attempts, what was decided, and
+    under which identifiers it was sent.
+
     Example: `tallyman totals --customer cus_123 --since 24h`
     """
+    if explain is not None:
+        with opened_store(read_config(config)) as store, show.status("reading"):
+            story = explaining.explain(store, explain)
+        if as_json:
+            show.json_line(story)
+        else:
+            show_totals.story(story)
+        return
     wanted = audit.Wanted(meter, customer, since, until, frozenset(state or ()))
     check_limit(limit, as_json=as_json)
     with opened_store(read_config(config)) as store:

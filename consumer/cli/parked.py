@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from consumer.cli import show
+from consumer.cli import show, show_totals
 from consumer.cli.options import (
     CLOCK,
     DEFAULT,
@@ -22,9 +22,10 @@ from consumer.cli.options import (
     opened_store,
     read_config,
 )
+from consumer.config import Config
 from consumer.deliver.entries import Entry, Reason
-from consumer.runtime import audit
-from consumer.runtime.start import shown
+from consumer.runtime import audit, evidence, service
+from consumer.runtime.stripe_reads import reading
 from consumer.storage import Archive, Log
 
 app = typer.Typer(
@@ -35,6 +36,13 @@ app = typer.Typer(
 OfReason = Annotated[Reason | None, typer.Option("--reason", help="Only those that are parked for this reason.")]
 Identifiers = Annotated[list[str] | None, typer.Argument(help="Totals, as `tallyman parked list` names them.")]
 By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; by default the user of this machine.")]
+DespiteDoubt = Annotated[
+    bool,
+    typer.Option(
+        "--despite-doubt",
+        help="Also where Stripe's sums do not say that it is right: you know better. Needs --why; Stripe is not asked.",
+    ),
+]
 Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait until a running service has done it.")]
 
 
@@ -61,9 +69,9 @@ def parked_list(
         chosen = list(found) if not limit else heapq.nlargest(limit, found, key=lambda entry: entry.total.due)
     if as_json:
         for entry in chosen:
-            show.json_line(show.parked_total(entry))
+            show.json_line(show_totals.parked_total(entry))
     else:
-        show.parked(chosen)
+        show_totals.parked(chosen)
     show.more(counted.number - len(chosen))
 
 
@@ -73,16 +81,20 @@ def parked_show(
     config: ConfigFile = DEFAULT,
     as_json: Json = False,
 ) -> None:
-    """Show all that is known of one parked total, and what can be done about it.
+    """Show all that is known of one parked total, and what to do about it.
+
+    Of one that may be at Stripe: for its customer, meter and minute what was delivered, what else is doubtful, what
+    Stripe's summary says, and what follows from it.
 
     Example: `tallyman parked show tm1-20261101T1200Z-1m-r0-0d6f…`
     """
-    with opened_store(read_config(config)) as store:
-        (entry,) = audit.named(store, [identifier])
+    given = read_config(config)
+    with opened_store(given) as store, show.status("asking Stripe"):
+        (judged,) = _judge(store, given, audit.named(store, [identifier]))
     if as_json:
-        show.json_line(show.parked_total(entry))
+        show.json_line(show_totals.judged_total(judged))
     else:
-        show.parked_whole(entry)
+        show_totals.judged(judged)
 
 
 @app.command()
@@ -94,18 +106,24 @@ def release(
     meter: OfMeter = None,
     why: Annotated[str, typer.Option(metavar="TEXT", help="Why, for the audit trail.")] = "",
     by: By = None,
+    despite_doubt: DespiteDoubt = False,
     wait: Wait = 10.0,
     yes: Yes = False,
 ) -> None:
     """Send parked totals after all, because what kept them has been put right.
 
-    Give identifiers, or say which with --reason and --meter. A total of which Stripe may already have an event is not
-    released: that could bill it twice.
+    Give identifiers, or say which with --reason and --meter. A total of which Stripe may already have an event is sent
+    under the next generation of its identifier, and only if Stripe's sums say that it is not there, or --despite-doubt.
 
     Example: `tallyman parked release --reason meter --meter ai-tokens`
     """
-    with opened_store(read_config(config)) as store:
-        chosen = _chosen(store, "release", identifiers or [], reason, meter, yes=yes)
+    given = read_config(config)
+    _check_why(why, despite_doubt=despite_doubt)
+    with opened_store(given) as store:
+        chosen = _chosen(
+            store, given, "release", identifiers or [], reason=reason, meter=meter, despite_doubt=despite_doubt
+        )
+        _confirm("release", chosen, asked=not identifiers and not yes)
         _decide(store, "release", chosen, by=by, reason=why, wait=wait)
 
 
@@ -118,10 +136,13 @@ def discard(
     meter: OfMeter = None,
     why: Annotated[str, typer.Option(metavar="TEXT", help="Required: why nobody is to be billed for it.")] = "",
     by: By = None,
+    despite_doubt: DespiteDoubt = False,
     wait: Wait = 10.0,
     yes: Yes = False,
 ) -> None:
     """Give parked totals up: they will not be sent, and who decided so and why is kept with them.
+
+    One of which Stripe may already have an event only if Stripe's sums say that it is there, or --despite-doubt.
 
     Example: `tallyman parked discard tm1-20261101T1200Z-1m-r0-0d6f… --why "test customer"`
     """
@@ -129,48 +150,73 @@ def discard(
     if not why.strip():
         raise Refused('discarding usage needs a reason: add --why "…"')
     with opened_store(given) as store:
-        chosen = _chosen(store, "discard", identifiers or [], reason, meter, yes=yes)
+        chosen = _chosen(
+            store, given, "discard", identifiers or [], reason=reason, meter=meter, despite_doubt=despite_doubt
+        )
+        _confirm("discard", chosen, asked=not identifiers and not yes)
         _decide(store, "discard", chosen, by=by, reason=why, wait=wait)
+
+
+def _check_why(why: str, *, despite_doubt: bool) -> None:
+    if despite_doubt and not why.strip():
+        raise Refused('to decide despite a doubt needs a reason: add --why "…", and say how you know')
 
 
 def _chosen(
     store: Archive,
+    config: Config,
     action: Literal["release", "discard"],
     identifiers: list[str],
+    *,
     reason: Reason | None,
     meter: str | None,
-    *,
-    yes: bool,
+    despite_doubt: bool,
 ) -> list[Entry]:
-    """The parked totals that are meant; those that must not be released are refused, or left out of a selection."""
+    """The parked totals that are meant; those for which something else is right are refused, or left out."""
     if identifiers and (reason or meter):
         raise Refused("give identifiers, or --reason and --meter, not both")
-    if identifiers:
-        named = audit.named(store, identifiers)
-        doubtful = [each for each in named if audit.is_doubtful(each)]
-        if action == "release" and doubtful:
-            first = doubtful[0].total
-            explained = audit.MAY_BE_THERE.format(at=shown(first.timestamp * 1000))
-            raise audit.DecisionRefused(f"{first.identifier} is not released: {explained}. Nothing was changed.")
-        return named
-    if not reason and not meter:
+    if not identifiers and not reason and not meter:
         raise Refused(f"which totals? Give identifiers, or --reason or --meter to {action} all that match")
-    found = list(audit.parked(store, reason=reason, meter=meter))
-    chosen = [each for each in found if action == "discard" or not audit.is_doubtful(each)]
-    if len(chosen) < len(found):
+    found = audit.named(store, identifiers) if identifiers else [*audit.parked(store, reason=reason, meter=meter)]
+    doubtful = [] if despite_doubt else [each for each in found if evidence.is_doubtful(each)]
+    with show.status("asking Stripe"):
+        judged = {each.entry.total.identifier: each.recommendation for each in _judge(store, config, doubtful)}
+    wrong = {name: told for name, told in judged.items() if told.advice != action}
+    if wrong and identifiers:
+        name, told = next(iter(wrong.items()))
+        raise audit.DecisionRefused(
+            f"{name} may be at Stripe, and to {action} it is not recommended. {told.why} Nothing was changed. "
+            f"`tallyman parked show {name}` shows all that is known; whoever knows better adds --despite-doubt."
+        )
+    if wrong:
         typer.echo(
-            f"{len(found) - len(chosen)} are left out, because Stripe may have their events already: "
+            f"{len(wrong)} are left out: they may be at Stripe, and to {action} them is not recommended; "
             "`tallyman parked show` explains each",
             err=True,
         )
+    chosen = [each for each in found if each.total.identifier not in wrong]
     if not chosen:
         typer.echo("no parked total matches", err=True)
         raise typer.Exit(1)
-    if not yes:
-        show.parked(chosen[:10])
+    return chosen
+
+
+def _judge(store: Archive, config: Config, entries: list[Entry]) -> list[evidence.Judged]:
+    customers = evidence.names(config)
+    try:
+        key = service.stripe_key(config)
+    except service.ServiceError as wrong:
+        return evidence.judge(store, entries, customers, f"it was not asked, because {wrong}")
+    given = config.stripe
+    with reading(key, api_base=given.api_base, livemode=given.livemode, clock=CLOCK, budget=evidence.BUDGET) as reads:
+        return evidence.judge(store, entries, customers, reads)
+
+
+def _confirm(action: str, chosen: list[Entry], *, asked: bool) -> None:
+    if asked:
+        show_totals.parked(chosen[:10])
         show.more(len(chosen) - 10)
         typer.confirm(f"{action.capitalize()} {len(chosen)} parked totals?", abort=True)
-    return chosen
 
 
 def _decide(

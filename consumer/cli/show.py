@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from consumer.deliver.entries import Entry, Reason
-from consumer.runtime.audit import MAY_BE_THERE, Line, Standing, is_doubtful
+from consumer.runtime.audit import Line, Standing
 from consumer.runtime.check import Finding
 from consumer.runtime.redrive import Letter, Redriven
 from consumer.runtime.reset import GivenUp, Lost, Old
@@ -33,27 +32,21 @@ _EACH: Final = 50
 
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
-_CURES: Final = {
-    Reason.UNMAPPED: "add the customer to the customers' file: it is released by itself (null: not billed)",
-    Reason.REFUSED: "put right what Stripe says, then `tallyman parked release`, or discard it",
-    Reason.METER: "create the meter at Stripe, or activate it, then `tallyman parked release`, or discard it",
-}
-
 
 # Where it goes
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, whole: str = "") -> None:
-    """``whole``: the column that is never cut."""
-    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, whole: str = "") -> None:
+    """Rows below their columns; ``whole`` is the column that is never cut."""
+    made = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for name in columns:
-        table.add_column(name, overflow="fold", no_wrap=bool(whole) and name == whole and not sys.stdout.isatty())
+        made.add_column(name, overflow="fold", no_wrap=bool(whole) and name == whole and not sys.stdout.isatty())
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(_clean(cell)) for cell in row))
-    if not table.row_count:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(_clean(cell)) for cell in row))
+    if not made.row_count:
         typer.echo("none")
         return
-    Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False).print(made)
 
 
 def json_line(found: object) -> None:
@@ -116,12 +109,12 @@ def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def findings(found: Iterable[Finding]) -> None:
     """What `check` says."""
-    _table(("", "", ""), ((Text(each.level, _COLOURS[each.level]), each.what, each.says) for each in found))
+    table(("", "", ""), ((Text(each.level, _COLOURS[each.level]), each.what, each.says) for each in found))
 
 
 def pieces(made: Iterable[Piece]) -> None:
     """What `setup` found and made."""
-    _table(
+    table(
         ("", "", "id", "", ""),
         (
             (
@@ -138,14 +131,14 @@ def pieces(made: Iterable[Piece]) -> None:
 
 def totals(lines: Sequence[Line]) -> None:
     """Totals, one to a line."""
-    _table(
+    table(
         ("identifier", "meter", "customer", "window", "value", "state", ""),
         (
             (
                 each.identifier,
                 each.meter,
                 each.customer,
-                _window(each.window_start, each.window, each.revision),
+                window(each.window_start, each.window, each.revision),
                 each.value,
                 each.state,
                 each.reason or each.stripe_customer or "",
@@ -154,67 +147,6 @@ def totals(lines: Sequence[Line]) -> None:
         ),
         whole="identifier",
     )
-
-
-def parked_total(entry: Entry) -> dict[str, Any]:
-    """A parked total, for machines."""
-    return {
-        "identifier": entry.total.identifier,
-        "reason": entry.reason,
-        "message": entry.message,
-        "due": entry.total.due,
-        "attempts": entry.attempts,
-        "first_unproven": entry.first_unproven,
-        "may_be_at_stripe": is_doubtful(entry),
-        "stripe_customer": entry.customer,
-        "total": entry.total,
-    }
-
-
-def parked(entries: Iterable[Entry]) -> None:
-    """Parked totals, one to a line."""
-    _table(
-        ("identifier", "meter", "customer", "window", "value", "reason", "due since", "what Stripe said"),
-        (
-            (
-                each.total.identifier,
-                each.total.meter,
-                each.total.customer,
-                _window(each.total.window_start, each.total.window, each.total.revision),
-                each.total.value,
-                each.reason,
-                shown(each.total.due),
-                each.message or "",
-            )
-            for each in entries
-        ),
-        whole="identifier",
-    )
-
-
-def parked_whole(entry: Entry) -> None:
-    """All of one parked total, and what to do."""
-    total = entry.total
-    rows: list[tuple[str, object]] = [
-        ("identifier", total.identifier),
-        ("meter", f"{total.meter}, at Stripe {total.stripe.event_name}"),
-        ("customer", f"{total.customer}, at Stripe {entry.customer or 'unknown'}"),
-        ("window", _window(total.window_start, total.window, total.revision)),
-        ("value", f"{total.value}, of {total.events} events"),
-        ("timestamp", shown(total.timestamp * 1000)),
-        ("read from", f"partition {total.partition}, offsets {total.first_offset} to {total.last_offset}"),
-        ("due since", shown(total.due)),
-        ("parked", f"{entry.reason}, after {entry.attempts} attempts"),
-    ]
-    if entry.message:
-        rows.append(("Stripe said", entry.message))
-    if entry.first_unproven is not None:
-        rows.append(("unproven since", shown(entry.first_unproven)))
-    _table(("", ""), rows)
-    if is_doubtful(entry):
-        typer.echo(f"It cannot be released: {MAY_BE_THERE.format(at=shown(total.timestamp * 1000))}.")
-    elif entry.reason in _CURES:
-        typer.echo(f"What to do: {_CURES[entry.reason]}.")
 
 
 def decided(lines: Mapping[str, Line | None]) -> None:
@@ -234,7 +166,10 @@ def _became(line: Line | None) -> str:
         return "released, and about to be sent"
     if line.state is Standing.PARKED:
         return f"parked ({line.reason})"
-    return f"{line.state}: {line.billed} to {line.stripe_customer}" if line.billed is not None else line.state
+    if line.billed is None:
+        return line.state
+    renamed = f" as {line.billed_as}" if line.billed_as else ""
+    return f"{line.state}: {line.billed} to {line.stripe_customer}{renamed}"
 
 
 def letter(each: Letter) -> dict[str, Any]:
@@ -267,7 +202,7 @@ def event(each: Letter) -> dict[str, Any]:
 
 def letters(found: Iterable[Letter]) -> None:
     """Dead letters, one to a line."""
-    _table(
+    table(
         ("number", "reason", "detail", "partition", "offset", "arrival", "source", "id", "redriven"),
         (
             (
@@ -288,7 +223,7 @@ def letters(found: Iterable[Letter]) -> None:
 def letter_whole(each: Letter) -> None:
     """One dead letter with its event."""
     dead = each.letter
-    _table(
+    table(
         ("", ""),
         [
             ("number", each.number),
@@ -348,7 +283,7 @@ def given_up(old: Old | Lost) -> None:
         typer.echo("Nothing is given up: no open window, and every total is finished.")
         return
     typer.echo("Given up, unless events from --bill-from on count them again:")
-    _table(
+    table(
         ("meter", "not delivered", "value", "parked", "value", "events in open windows", "value"),
         ((name, *_columns(of)) for name, of in sorted(old.meters.items())),
     )
@@ -366,7 +301,8 @@ def _columns(of: GivenUp) -> tuple[object, ...]:
 # Text that others wrote
 
 
-def _window(start: int, size: str, revision: int) -> str:
+def window(start: int, size: str, revision: int) -> str:
+    """A window, from its start in seconds since the epoch."""
     return f"{shown(start * 1000)} {size}" + (f" r{revision}" if revision else "")
 
 

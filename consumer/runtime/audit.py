@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -47,12 +46,6 @@ class Standing(StrEnum):
 
 UNFINISHED: Final = frozenset({Standing.PENDING, Standing.PARKED})
 
-MAY_BE_THERE: Final = (
-    "an event with this identifier may be at Stripe, and releasing it could bill it twice. Look for the identifier in "
-    "Stripe's dashboard (the customer's meter events, around {at}): if the event is there, discard the total; if it is "
-    "not, leave it parked, for this version cannot send it again safely"
-)
-
 
 class DecisionRefused(Exception):
     """A decision about parked totals that cannot be carried out; the message says why and what to do instead."""
@@ -75,6 +68,8 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
     event_name: str
     billed: str | None = None
     """What Stripe was told, where it was."""
+    billed_as: str | None = None
+    """Under which identifier, where it was not its own: it had been in doubt, and was released."""
     stripe_customer: str | None = None
     at: int | None = None
     """When it was finished, in milliseconds since the epoch."""
@@ -107,50 +102,54 @@ class Wanted:
 
 def lines(store: Archive, wanted: Wanted) -> Iterator[Line]:
     """The totals that are wanted, each once: what is finished, partition by partition in its order, then the others."""
-    finished = not wanted.states or bool(wanted.states - UNFINISHED)
-    unfinished = not wanted.states or bool(wanted.states & UNFINISHED)
-    for each in standing(store, finished=finished, unfinished=unfinished):
-        match each:
-            case Outcome():
-                line = _finished(each)
-            case Entry():
-                line = _line(each.total, each)
-            case Total():
-                line = _line(each)
-        if line in wanted:
+    states = wanted.states or frozenset(Standing)
+    for each in everything(store, finished=bool(states - UNFINISHED), unfinished=bool(states & UNFINISHED)):
+        if (line := line_of(each)) in wanted:
             yield line
 
 
-def standing(store: Archive, *, finished: bool = True, unfinished: bool = True) -> Iterator[Outcome | Entry | Total]:
-    """All totals, each once, as it stands: finished, at work in stage 2, or not read by it yet, in this order."""
+def everything(
+    store: Archive, *, finished: bool = True, unfinished: bool = True, since: Mapping[int, int] | None = None
+) -> Iterator[Outcome | Entry | Total]:
+    """Every total once: its outcome where it is finished, its entry where it is not, itself where it is unread.
+
+    ``since``: only outcomes from these places on.
+    """
     settled = store.settled(Log.OUTCOMES)
-    unread, entries = _state(store)
+    starts, entries = _state(store)
     ends, below = store.ends(Log.OUTCOMES), store.ends(Log.TOTALS)
     late = {each.identifier: each for each in _outcomes(store, settled, ends)}
     if finished:
-        yield from chain(_outcomes(store, {}, settled), late.values())
+        yield from _outcomes(store, since or {}, ends if since else settled)
+        if not since:
+            yield from late.values()
     if not unfinished:
         return
     for entry in map(unpack, entries):
         if entry.total.identifier not in late:
             yield entry
-    for each in store.logged(Log.TOTALS, unread, below):
+    for each in store.logged(Log.TOTALS, starts, below):
         record = totals.decode(each.value)
         if isinstance(record, Total) and record.identifier not in late:
             yield record
 
 
+def unread(store: Archive) -> dict[int, int]:
+    """From where on each partition of the totals log is unread; what lies below has been carried out, or refused."""
+    return _state(store)[0]
+
+
 def _state(store: Archive) -> tuple[dict[int, int], list[bytes]]:
     """From where on each partition of the totals log is unread, and the entries. These are taken at once: the store
     must not be kept waiting by a pager."""
-    unread: dict[int, int] = {}
+    starts: dict[int, int] = {}
     entries: list[bytes] = []
     for partition in store.ends(Log.TOTALS):
         restored = store.restore(Stage.DELIVER, partition)
         if restored is not None:
-            unread[partition] = restored.offset
+            starts[partition] = restored.offset
             entries += (value for key, value in restored.entries if not key.startswith(PREFIX))
-    return unread, entries
+    return starts, entries
 
 
 def _outcomes(store: Archive, starts: Mapping[int, int], ends: Mapping[int, int]) -> Iterator[Outcome]:
@@ -161,6 +160,13 @@ def _unfinished(restored: Restored | None) -> Iterator[Entry]:
     for key, value in restored.entries if restored else ():
         if not key.startswith(PREFIX):
             yield unpack(value)
+
+
+def line_of(each: Outcome | Entry | Total) -> Line:
+    """Where a total stands."""
+    if isinstance(each, Outcome):
+        return _finished(each)
+    return _line(each) if isinstance(each, Total) else _line(each.total, each)
 
 
 def _finished(outcome: Outcome) -> Line:
@@ -178,6 +184,7 @@ def _finished(outcome: Outcome) -> Line:
         timestamp=outcome.timestamp,
         event_name=outcome.event_name,
         billed=outcome.billed if billed else None,
+        billed_as=outcome.billed_as,
         stripe_customer=outcome.stripe_customer,
         at=outcome.at,
         by=outcome.by,
@@ -234,11 +241,6 @@ def named(store: Archive, identifiers: Sequence[str]) -> list[Entry]:
     return found
 
 
-def is_doubtful(entry: Entry) -> bool:
-    """Whether an event with its identifier may be at Stripe: then it must not be released."""
-    return entry.first_unproven is not None
-
-
 class Place(NamedTuple):
     """Where a decision lies in the totals log."""
 
@@ -252,8 +254,11 @@ def decide(
     """Append decisions to the totals log, for the service to apply; returns where they are, by identifier.
 
     Each has the key that its total has: it lies behind it in the same partition, and who owns the one reads the other.
+    Each is about the total as it is parked in ``chosen``: of one that has been parked anew since, nothing is decided.
     """
-    decisions = {Command(action, each.total.identifier, by, reason, at): each.total.customer for each in chosen}
+    decisions = {
+        Command(action, each.total.identifier, by, reason, at, each.parking): each.total.customer for each in chosen
+    }
     before = store.ends(Log.TOTALS)
     store.append(Append(Log.TOTALS, customer.encode(), totals.encode(each)) for each, customer in decisions.items())
     places: dict[str, Place] = {}

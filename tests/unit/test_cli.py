@@ -472,12 +472,14 @@ def test_showing_a_parked_total_says_what_to_do(doubtful: Place) -> None:
     refused = doubtful.tallyman("parked", "show", "tm1-4-gone").stdout
     silent = doubtful.tallyman("parked", "show", "tm1-0-silent").stdout
 
-    assert refused.endswith("What to do: put right what Stripe says, then `tallyman parked release`, or discard it.\n")
+    assert refused.endswith(
+        "Recommendation: release. Nothing of it is at Stripe. Put right what Stripe says, then release it; or discard "
+        "it, and nobody is billed.\nTo do so: tallyman parked release tm1-4-gone\n"
+    )
     assert silent.endswith(
-        "It cannot be released: an event with this identifier may be at Stripe, and releasing it could bill it twice. "
-        "Look for the identifier in Stripe's dashboard (the customer's meter events, around 2026-11-01T12:00:07Z): if "
-        "the event is there, discard the total; if it is not, leave it parked, for this version cannot send it again "
-        "safely.\n"
+        "Recommendation: cannot tell. Stripe's sum is not known: it was not asked, because there is no Stripe key: set "
+        "STRIPE_SECRET_KEY, or STRIPE_SECRET_KEY_FILE to a file that holds it.\n"
+        "Whoever knows better releases or discards it with --despite-doubt.\n"
     )
 
 
@@ -491,12 +493,13 @@ def test_what_others_wrote_cannot_take_over_the_terminal(place: Place) -> None:
     assert "\x1b" not in shown
 
 
-def test_a_total_that_may_be_at_stripe_is_not_released(doubtful: Place) -> None:
-    assert refusal(doubtful.tallyman("parked", "release", "tm1-4-gone", "tm1-0-silent")) == (
-        "tallyman: tm1-0-silent is not released: an event with this identifier may be at Stripe, and releasing it "
-        "could bill it twice. Look for the identifier in Stripe's dashboard (the customer's meter events, around "
-        "2026-11-01T12:00:07Z): if the event is there, discard the total; if it is not, leave it parked, for this "
-        "version cannot send it again safely. Nothing was changed.\n"
+@pytest.mark.parametrize("action", ["release", "discard"])
+def test_a_total_that_may_be_at_stripe_is_not_decided_about_blindly(doubtful: Place, action: str) -> None:
+    assert refusal(doubtful.tallyman("parked", action, "tm1-4-gone", "tm1-0-silent", "--why", "x")) == (
+        f"tallyman: tm1-0-silent may be at Stripe, and to {action} it is not recommended. Stripe's sum is not known: "
+        "it was not asked, because there is no Stripe key: set STRIPE_SECRET_KEY, or STRIPE_SECRET_KEY_FILE to a file "
+        "that holds it. Nothing was changed. `tallyman parked show tm1-0-silent` shows all that is known; whoever "
+        "knows better adds --despite-doubt.\n"
     )
     assert doubtful.commands() == []
 
@@ -549,7 +552,8 @@ def test_a_selection_is_shown_and_confirmed_and_leaves_out_what_may_be_at_stripe
     assert "tm1-0-silent" not in asked.stdout
     assert "Release 2 parked totals? [y/N]: n" in asked.stdout
     assert asked.stderr.startswith(
-        "1 are left out, because Stripe may have their events already: `tallyman parked show` explains each\n"
+        "1 are left out: they may be at Stripe, and to release them is not recommended; `tallyman parked show` "
+        "explains each\n"
     )
     assert doubtful.commands() == []
 
