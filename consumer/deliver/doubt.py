@@ -265,7 +265,7 @@ def _wait(facts: str, missing: Sequence[Piece], seen: Seen) -> _Told:
     newest = max(each.newest or 0 for each in missing)
     why = (
         f"{facts} But its sums lag, and are relied on after {FINAL_AFTER // HOUR} hours: the newest that may be "
-        f"missing was sent {max(0, seen.at - newest) // HOUR} hours before."
+        f"missing is less than {max(0, seen.at - newest) // HOUR + 1} h old."
     )
     return _Told("wait", why, newest + FINAL_AFTER)
 

@@ -27,6 +27,8 @@ from consumer.deliver.delivery import Attempt
 from consumer.runtime import audit, processors
 from consumer.runtime.start import shown
 from consumer.sandbox.kafka import Kafka
+from consumer.sandbox.stripe_server import StripeStandIn
+from consumer.sandbox.stripe_wire import read_call
 from consumer.storage import (
     Archive,
     Changes,
@@ -50,7 +52,7 @@ from consumer.storage.kafka_topics import partitions_of, present
 from consumer.totals import Command
 from tests.kafka.harness import HOUR, Topic, bench, iso, past_events, real_now, until
 from tests.kafka.operators import KNOWN, PARTITIONS, T0, Desk, KafkaDesk, SqliteDesk, go_round, heard, now, total
-from tests.unit.delivery_world import OK
+from tests.unit.delivery_world import OK, duplicate
 
 pytestmark = pytest.mark.kafka
 
@@ -137,6 +139,52 @@ def test_a_decision_lies_behind_its_total_in_the_same_partition(desk: Desk) -> N
         assert each.offset > of_total[identifier].offset
     desk.deliver()
     assert set(desk.standing().values()) == {"discarded"}
+
+
+def test_a_doubt_is_settled_by_stripes_sums_or_by_a_person_and_its_story_is_told(desk: Desk) -> None:
+    """Of two totals Stripe said that it had them before. It has the first one."""
+
+    def collide(attempt: Attempt) -> Heard:
+        return OK if attempt.stripe_customer == "cus_2" else duplicate(attempt.identifier)
+
+    with StripeStandIn(keys={"sk_test_nobody": None}, accept_any_customer=True) as stripe:
+        stripe.model.add_meter("tokens")
+        desk.configure(stripe={"livemode": False, "api_base": stripe.url})
+        desk.close(*(total(number, f"cus{number}") for number in range(3)))
+        desk.deliver(collide)
+        there = f"event_name=tokens&payload[stripe_customer_id]=cus_0&payload[value]=5&timestamp={T0 + 7}"
+        stripe.model.handle(read_call("POST", "/v1/billing/meter_events", there, "Bearer sk_test_nobody"))
+
+        shown = {name: desk.answer("parked", "show", name)[0] for name in ("tm1-0-cus0", "tm1-1-cus1")}
+        advice = {name: each["recommendation"]["advice"] for name, each in shown.items()}
+        assert advice == {"tm1-0-cus0": "discard", "tm1-1-cus1": "wait"}
+        assert desk.tallyman("parked", "discard", "tm1-0-cus0", "--why", "it is there").exit_code == 0
+        assert desk.tallyman("parked", "release", "tm1-1-cus1").exit_code == 2
+        known_better = desk.tallyman("parked", "release", "tm1-1-cus1", "--despite-doubt", "--why", "an old state")
+        assert known_better.exit_code == 0
+
+    sent: list[str] = []
+
+    def note(attempt: Attempt) -> Heard:
+        sent.append(attempt.identifier)
+        return OK
+
+    desk.deliver(note)
+    assert sent == ["tm1-1-cus1-g2"]
+    assert set(desk.standing().items()) == {
+        ("tm1-0-cus0", "discarded"),
+        ("tm1-1-cus1", "delivered"),
+        ("tm1-2-cus2", "delivered"),
+    }
+    (story,) = desk.answer("totals", "--explain", "tm1-1-cus1-g2")
+    assert [(each["identifier"], each["at_stripe"]) for each in story["generations"]] == [
+        ("tm1-1-cus1", "maybe"),
+        ("tm1-1-cus1-g2", "yes"),
+    ]
+    assert [(each["action"], each["reason"], each["carried_out"]) for each in story["decisions"]] == [
+        ("release", "an old state", "yes")
+    ]
+    assert (story["first_offset"], story["last_offset"]) == (0, 9)
 
 
 MOMENTS: dict[type[Desk], tuple[int, ...]] = {SqliteDesk: tuple(range(11)), KafkaDesk: (1, 3, 5, 6)}

@@ -71,7 +71,7 @@ CASES: Final[dict[str, tuple[Sight, Advice, str]]] = {
     "it is not seen, and may be on its way into the sum": (
         sight(0, piece(5, NOW - HOUR)),
         Advice.WAIT,
-        "But its sums lag, and are relied on after 24 hours: the newest that may be missing was sent 1 hours before.",
+        "But its sums lag, and are relied on after 24 hours: the newest that may be missing is less than 2 h old.",
     ),
     "what was delivered lately is not in the sum yet, or this total is not": (
         sight(5, piece(5), sure=(piece(5, NOW - HOUR),)),
