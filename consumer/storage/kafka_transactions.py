@@ -1,6 +1,7 @@
 """One commit is one Kafka transaction; what can go wrong in it, and what that means for who commits."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from time import monotonic
@@ -9,7 +10,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from consumer.storage import Abandoned, Fenced, OutcomeUnknown, Refused, StorageError, Unreachable
-from consumer.storage.kafka_client import asked
+from consumer.storage.kafka_client import NEW, asked
 from consumer.storage.kafka_records import Headers
 from consumer.storage.kafka_topics import LARGEST_RECORD
 
@@ -172,6 +173,12 @@ class Transactions:
                         raise _late(f"{len(producer)} records wait to be sent") from None
                     producer.poll(POLL_S)
                 except KafkaException as failed:
+                    if failed.args[0].name() in NEW and monotonic() < deadline:
+                        # The topic has grown since the client asked for it.
+                        with suppress(KafkaException):
+                            producer.list_topics(topic, timeout=LEAST_S)
+                        producer.poll(POLL_S)
+                        continue
                     self._failed = topic, failed.args[0]
                     raise
         # Here, not within the commit: as long as this takes, the outcome is known. (And by polling: the client's flush

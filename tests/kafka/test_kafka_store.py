@@ -180,6 +180,20 @@ def test_the_state_grows_with_its_source_and_the_logs_stay(pipeline: Pipeline) -
     assert again == grown, "another process has added them: they are left as they are"
 
 
+def test_a_process_that_ran_before_the_source_grew_commits_the_new_partitions_too(pipeline: Pipeline) -> None:
+    """Its producer has been told how many partitions the state had then, and asks again every few minutes only."""
+    begun = pipeline.begin()
+    with pipeline.store() as store:
+        restore_all(store)
+        store.commit(AGGREGATE, {0: Changes(1)})
+        add_partitions(pipeline.kafka, pipeline.source, 4)
+        ensure(pipeline.client, pipeline.topics, partitions=4, keep_ms=90 * DAY)
+        grow(pipeline.client, replace(begun, partitions=4), {3: Changes(0)})
+        assert restored(store, partition=3) == (0, {})
+        store.commit(AGGREGATE, {3: Changes(2)})
+        assert restored(store, partition=3) == (2, {})
+
+
 def test_totals_whose_number_of_partitions_changed_are_refused(pipeline: Pipeline) -> None:
     pipeline.begin()
     add_partitions(pipeline.kafka, pipeline.topics.totals, 4)
