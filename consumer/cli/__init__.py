@@ -37,7 +37,9 @@ from consumer.runtime import check as checking
 from consumer.runtime import explain as explaining
 from consumer.runtime import reset as resetting
 from consumer.runtime.customers import CustomerFileError
+from consumer.runtime.findings import Finding
 from consumer.runtime.intake import IntakeStopped
+from consumer.runtime.reconcile import ReconcileRefused
 from consumer.runtime.redrive import RedriveRefused
 from consumer.runtime.setup import SetupRefused
 from consumer.runtime.source import SourceError
@@ -57,6 +59,7 @@ WRONG: Final = (
     RedriveRefused,
     resetting.ResetRefused,
     SetupRefused,
+    ReconcileRefused,
 )
 """What the user has to change before it can work: exit code 2."""
 
@@ -164,8 +167,9 @@ def demo(
 def check(config: ConfigFile = DEFAULT, as_json: Json = False) -> None:
     """Find out what would keep the service from running, before it does: nothing is changed.
 
-    Looks at the configuration, Kafka and the topic, where reading would begin, the Stripe key, the storage and the
-    customers. It can be used while the service runs. Exit code 1: something has to be put right.
+    Looks at the configuration, Kafka and the topic, where reading would begin, the Stripe key, the meters and prices
+    there, the storage and the customers. It can be used while the service runs. Exit code 1: something has to be put
+    right.
 
     Example: `tallyman check -c prod.yaml`
     """
@@ -173,9 +177,9 @@ def check(config: ConfigFile = DEFAULT, as_json: Json = False) -> None:
         given = read_config(config)
     except ConfigError as wrong:
         if as_json:
-            show.json_line(checking.Finding("error", "configuration", str(wrong)))
+            show.json_line(Finding("error", "configuration", str(wrong)))
         raise
-    findings = [checking.Finding("ok", "configuration", f"{config} is right in itself")]
+    findings = [Finding("ok", "configuration", f"{config} is right in itself")]
     with show.status("asking Kafka"):
         findings += checking.check(given, source_of(given, log_level=0), CLOCK)
     if as_json:
@@ -351,6 +355,7 @@ def reset(
 # The Stripe account
 
 app.command()(account.setup)
+app.command()(account.reconcile)
 app.add_typer(parked.app, name="parked")
 app.add_typer(letters.app, name="dead-letters")
 

@@ -1,14 +1,32 @@
-"""`tallyman setup`: the Stripe account, prepared from the command line."""
+"""`tallyman setup` and `tallyman reconcile`: the Stripe account, prepared and compared."""
 
+from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Final, Literal
 
 import typer
+from rich.text import Text
 
 from consumer.cli import show
-from consumer.cli.options import CLOCK, DEFAULT, ConfigFile, Json, Refused, read_config
-from consumer.runtime import service
+from consumer.cli.options import (
+    CLOCK,
+    DEFAULT,
+    ConfigFile,
+    Json,
+    OfMeter,
+    Refused,
+    Since,
+    Until,
+    opened_store,
+    read_config,
+)
+from consumer.config import Config
+from consumer.deliver import reconciling
+from consumer.runtime import reconcile as comparing
+from consumer.runtime import service, stripe_reads
 from consumer.runtime import setup as preparing
+from consumer.runtime.reconcile import Compared, Day, Part
+from consumer.runtime.start import shown
 
 _PLAIN: Final = preparing.Terms()
 
@@ -79,3 +97,133 @@ def setup(
                 show.json_line(piece)
         elif pieces:
             show.pieces(pieces)
+
+
+_SINCE_MS: Final = 3 * 86_400_000
+_MOST: Final = 50
+"""Rows of a table; --json has all."""
+
+
+def reconcile(
+    *,
+    config: ConfigFile = DEFAULT,
+    since: Since = None,
+    until: Until = None,
+    meter: OfMeter = None,
+    customer: Annotated[
+        str | None, typer.Option(metavar="CUSTOMER", help="Only of this customer, as Stripe names it (cus_…).")
+    ] = None,
+    budget: Annotated[
+        int, typer.Option(min=2, metavar="CALLS", help="Stripe is asked so many times at most.")
+    ] = comparing.BUDGET,
+    as_json: Json = False,
+) -> None:
+    """Compare what was delivered with what Stripe counts, by meter, customer and UTC day.
+
+    Since three days ago unless --since says otherwise. One call to Stripe tells of one customer and meter; where there
+    are more than --budget, those with totals in doubt come first, then those that changed, then the others, in another
+    order every day. What is too recent to differ is shown as open. Exit code 1: something differs.
+
+    Example: `tallyman reconcile --since 7d --budget 1000`
+    """
+    given = read_config(config)
+    key = service.stripe_key(given)
+    now = CLOCK.now()
+    span = reconciling.span(now - _SINCE_MS if since is None else since, now if until is None else until)
+    names = None if meter is None else frozenset({_event_name(given, meter)})
+    stripe = given.stripe
+    with (
+        opened_store(given) as store,
+        stripe_reads.reading(
+            key, api_base=stripe.api_base, livemode=stripe.livemode, clock=CLOCK, budget=budget
+        ) as reads,
+        show.status("comparing") as counted,
+    ):
+        found = [
+            *comparing.reconcile(
+                given,
+                store,
+                reads,
+                span,
+                event_names=names,
+                customer=customer,
+                budget=budget,
+                progress=counted.tell,
+            )
+        ]
+    if as_json:
+        for each in found:
+            show.json_line(each)
+    else:
+        _show(found)
+    if any(isinstance(each, Compared) and each.differs for each in found):
+        raise typer.Exit(1)
+
+
+def _event_name(config: Config, meter: str) -> str:
+    for each in config.meters:
+        if each.name == meter:
+            return each.stripe.event_name
+    raise Refused(f"there is no meter {meter}: {', '.join(each.name for each in config.meters)}")
+
+
+def _show(found: Iterable[Day | Compared]) -> None:
+    """What is not equal, the hours of what differs, and how much that was of all."""
+    days = [each for each in found if isinstance(each, Day)]
+    if days:
+        show.table(
+            ("meter at Stripe", "customer", "day", "delivered", "Stripe", "difference", "", ""),
+            (
+                (
+                    each.event_name,
+                    each.customer,
+                    shown(each.start * 1000)[:10],
+                    each.ours,
+                    each.stripe,
+                    each.difference,
+                    Text(each.state, "bold red" if each.state == "differs" else "yellow"),
+                    each.why,
+                )
+                for each in days[:_MOST]
+            ),
+        )
+    if len(days) > _MOST:
+        typer.echo(f"and {len(days) - _MOST} more: --json has them all")
+    for day in days:
+        for hour in day.hours:
+            typer.echo(
+                f"\n{day.customer}, {day.event_name}, {shown(hour.start * 1000)}: {hour.ours} delivered, "
+                f"{hour.stripe} at Stripe"
+            )
+            show.table(
+                ("identifier", "state", "value", "read from"),
+                ((each.identifier, each.state, each.value, _read_from(each)) for each in hour.totals[:_MOST]),
+                whole="identifier",
+            )
+            if len(hour.totals) > _MOST:
+                typer.echo(f"and {len(hour.totals) - _MOST} more: --json has them all")
+    for each in found:
+        if isinstance(each, Compared):
+            typer.echo(_compared(each))
+
+
+def _read_from(part: Part) -> str:
+    if part.partition is None:
+        return "the record is not kept any more"
+    return f"partition {part.partition}, offsets {part.first_offset} to {part.last_offset}"
+
+
+def _compared(all_: Compared) -> str:
+    days = f"{shown(all_.since * 1000)[:10]} to {shown(all_.until * 1000 - 1)[:10]}"
+    counts = ", ".join(
+        f"{number} {what}"
+        for number, what in ((all_.differs, "differ"), (all_.doubt, "in doubt"), (all_.open, "open"))
+        if number
+    )
+    text = (
+        f"{days}, {all_.calls} calls to Stripe: of {all_.customers} customers (by meter), {all_.equal} days are equal "
+        f"({all_.equal_value} in sum){f', {counts}' if counts else ''}"
+    )
+    if all_.not_asked:
+        text += f"\n{all_.not_asked} customers were left out: raise --budget, or ask for less"
+    return text

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from consumer.runtime.audit import Line, Standing
-from consumer.runtime.check import Finding
+from consumer.runtime.findings import Finding
 from consumer.runtime.redrive import Letter, Redriven
 from consumer.runtime.reset import GivenUp, Lost, Old
 from consumer.runtime.setup import Piece
@@ -65,14 +65,14 @@ class Counted:
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self.number = 0
-        self._tell = tell
+        self.tell = tell
 
     def __call__(self, found: Iterable[T]) -> Iterator[T]:
         """The same things, counted."""
         for each in found:
             self.number += 1
             if not self.number % 10_000:
-                self._tell(self.number)
+                self.tell(self.number)
             yield each
 
 

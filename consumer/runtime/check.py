@@ -4,13 +4,13 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-import msgspec
+from typing import Final, NamedTuple
 
 from consumer.config import Config, CustomerFile, SqliteStorage
-from consumer.runtime import customers, embedded, processors, service, start
+from consumer.config_values import Duration
+from consumer.runtime import customers, embedded, processors, service, start, stripe_check
 from consumer.runtime.clocks import Clock
+from consumer.runtime.findings import Finding
 from consumer.runtime.source import Source, SourceError, Topic
 from consumer.storage import Facts, Stage, StorageError
 from consumer.storage.kafka_archive import told
@@ -20,15 +20,8 @@ from consumer.storage.kafka_topics import Topics, faults, present
 from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import held_by
 
-Level = Literal["ok", "warning", "error"]
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at. Where it is not right, ``says`` ends with what to do."""
-
-    level: Level
-    what: str
-    says: str
+SHORTEST_MS: Final = 3 * 86_400_000
+"""A weekend, and a day to put things right."""
 
 
 def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
@@ -50,6 +43,7 @@ def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
             f"partition{'s' * (topic.partitions != 1)}",
         )
         yield _judged("arrival", lambda: _arrival(config, topic), service.ServiceError)
+        yield _kept(config, topic)
         if path is None:
             holder = _members(config)
             yield _judged("storage", lambda: _topics(config, holder), StorageError)
@@ -58,7 +52,7 @@ def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
         yield Finding("error", "kafka", str(wrong))
     except StorageError as wrong:
         yield Finding("error", "storage", str(wrong))
-    yield _judged("stripe", lambda: _stripe(config), service.ServiceError)
+    yield from _stripe(config, clock)
     yield from _mode(config)
     yield from _memory(config)
     yield _judged("customers", lambda: _customers(config), customers.CustomerFileError)
@@ -97,6 +91,32 @@ def _arrival(config: Config, topic: Topic) -> str:
     if topic.log_append_time:
         return "the broker dates the records (LogAppendTime)"
     return "producers date the records (CreateTime), as kafka.arrival states: a replay may give other totals"
+
+
+def _kept(config: Config, topic: Topic) -> Finding:
+    try:
+        service.check_cleanup(topic)
+    except service.ServiceError as wrong:
+        return Finding("error", "retention", str(wrong))
+    ids = f"ids are remembered for {config.windows.deduplicate_for} (deduplicate_for)"
+    if topic.retention_ms < 0:
+        return Finding("ok", "retention", f"records are kept for ever, {ids}")
+    kept = Duration(topic.retention_ms)
+    if topic.retention_ms < SHORTEST_MS:
+        return Finding(
+            "warning",
+            "retention",
+            f"{topic.name} keeps records for {kept} (retention.ms): usage that is not read by then, because the "
+            f"service is down or held up, is lost. Keep them for {Duration(SHORTEST_MS)} at least",
+        )
+    if topic.retention_ms < config.windows.deduplicate_for:
+        return Finding(
+            "warning",
+            "retention",
+            f"{ids}, longer than {topic.name} keeps records ({kept}): after `tallyman reset` nobody can tell what has "
+            "come before and comes again. Raise retention.ms to deduplicate_for",
+        )
+    return Finding("ok", "retention", f"records are kept for {kept}, {ids}")
 
 
 def _client(config: Config) -> dict[str, str]:
@@ -187,10 +207,16 @@ def _in_topics(config: Config, topic: Topic) -> _State:
     return _State(topics.aggregate_state, facts, {partition: each.offset for partition, each in at.items()})
 
 
-def _stripe(config: Config) -> str:
-    service.stripe_key(config)
-    money = "live mode: customers are billed" if config.stripe.livemode else "a sandbox: nobody is billed"
-    return f"the key is of the stated mode, {money}"
+def _stripe(config: Config, clock: Clock) -> Iterator[Finding]:
+    try:
+        key = service.stripe_key(config)
+    except service.ServiceError as wrong:
+        yield Finding("error", "stripe", str(wrong))
+    else:
+        money = "live mode: customers are billed" if config.stripe.livemode else "a sandbox: nobody is billed"
+        yield Finding("ok", "stripe", f"the key is of the stated mode, {money}")
+        yield from stripe_check.findings(config, key, clock)
+    yield stripe_check.rate(config)
 
 
 def _mode(config: Config) -> Iterator[Finding]:

@@ -32,6 +32,11 @@ class Mapped:
     def __len__(self) -> int:
         return len(self._customers)
 
+    @property
+    def billed(self) -> int:
+        """How many Stripe customers there are in it."""
+        return len({each for each in self._customers.values() if each is not None})
+
     def stripe_customer(self, name: str) -> str | None:
         """The Stripe customer, or None; raises ``UnmappedError``."""
         try:

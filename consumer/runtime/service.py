@@ -18,7 +18,7 @@ from consumer.credentials import STRIPE_SECRET_KEY, key_matches
 from consumer.deliver.customers import Customers
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.pacing import Outlet
-from consumer.runtime import distributed, embedded, start
+from consumer.runtime import distributed, embedded, start, stripe_check
 from consumer.runtime.clocks import Clock
 from consumer.runtime.customers import CustomerFile, Passthrough
 from consumer.runtime.ground import Ground
@@ -42,9 +42,8 @@ LOOK_EVERY_S: Final = 0.05
 BEGIN_AGAIN_S: Final = 1.0
 ASK_EVERY_S: Final = 5.0
 BOTH: Final = frozenset(Stage)
-LIVE_RATE: Final = 1_000.0
-SANDBOX_RATE: Final = 25.0
-"""Meter Events a second that Stripe takes of a live account and of a sandbox."""
+ASK_STRIPE_S: Final = 10.0
+"""So long a start waits for Stripe to say what its meters are."""
 
 
 class ServiceError(Exception):
@@ -85,6 +84,7 @@ def run(config: Config, around: Surroundings, stages: frozenset[Stage] = BOTH) -
 def _begin(config: Config, clock: Clock, source: Source, stages: frozenset[Stage]) -> Ground:
     topic = source.describe()
     check_arrival(config, topic)
+    check_cleanup(topic)
     if not isinstance(config.storage, SqliteStorage):
         return distributed.ground(config, clock, source, topic, stages)
     with ExitStack() as opened:
@@ -113,6 +113,15 @@ def check_arrival(config: Config, topic: Topic) -> None:
         raise ServiceError(
             f"kafka.arrival is create_time, but the topic {topic.name} has message.timestamp.type=LogAppendTime, which "
             "is better: set kafka.arrival: log_append_time."
+        )
+
+
+def check_cleanup(topic: Topic) -> None:
+    """Refuse a topic from which Kafka removes events that have not been read."""
+    if topic.compacted:
+        raise ServiceError(
+            f"the topic {topic.name} has a cleanup.policy with compact: of the events with one key Kafka keeps the "
+            "newest alone, and the others are billed to nobody. Set cleanup.policy=delete on the topic."
         )
 
 
@@ -157,6 +166,8 @@ class _Service:
         http = Http(registry, stuck=self._stuck, not_ready=self._not_ready)
         try:
             port = await self._listen(http)
+            # First of all: what is refused here has begun nothing.
+            await self._judge_meters()
             ground = await self._begun()
             if ground is None:
                 return
@@ -185,6 +196,41 @@ class _Service:
                 await asyncio.wait_for(self._stop.wait(), BEGIN_AGAIN_S)
         return None
 
+    async def _judge_meters(self) -> None:
+        """Do not start on meters that would bill wrongly; where Stripe does not say, start all the same."""
+        if self._key is None or self._config.stripe.mode != "send":
+            return
+        answer: asyncio.Future[str | None] = self._loop.create_future()
+        # A thread that nobody has to wait for: neither a stop nor the end of the process.
+        asking = Thread(target=self._ask_stripe, args=(self._key, answer), name="meters", daemon=True)
+        asking.start()
+        stopping = asyncio.create_task(self._stop.wait())
+        either: list[asyncio.Future[Any]] = [answer, stopping]
+        await asyncio.wait(either, timeout=ASK_STRIPE_S, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not answer.done():
+            answer.cancel()
+            log.warning("meters_not_looked_at", reason=f"Stripe has not answered for {ASK_STRIPE_S:.0f} s")
+        elif (wrong := answer.result()) is not None:
+            raise ServiceError(wrong)
+
+    def _ask_stripe(self, key: str, answer: asyncio.Future[str | None]) -> None:
+        try:
+            said, failure = stripe_check.misbilling(self._config, key, self._clock), None
+        except Exception as failed:  # noqa: BLE001 - raised again by whoever waits
+            said, failure = None, failed
+
+        def tell() -> None:
+            if answer.done():
+                return
+            if failure is not None:
+                answer.set_exception(failure)
+            else:
+                answer.set_result(said)
+
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            self._loop.call_soon_threadsafe(tell)
+
     def _prepare(self, ground: Ground, requests: Requests) -> None:
         config = self._config
         if self._key is not None:
@@ -192,8 +238,7 @@ class _Service:
                 self._key, api_base=config.stripe.api_base, livemode=config.stripe.livemode, clock=self._clock
             )
             file = CustomerFile(config.customers.path) if isinstance(config.customers, CustomerFileConfig) else None
-            rate = config.stripe.max_rate or (LIVE_RATE if config.stripe.livemode else SANDBOX_RATE)
-            outlet = Outlet(rate)
+            outlet = Outlet(stripe_check.rate_limit(config))
 
             def deliver(customers: Customers) -> Delivery:
                 return Delivery(

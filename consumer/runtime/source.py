@@ -57,6 +57,10 @@ class Topic:
     topic_id: str
     partitions: int
     log_append_time: bool
+    compacted: bool = False
+    """Whether Kafka removes records because newer ones have their key."""
+    retention_ms: int = -1
+    """How long records are kept at least; -1 is for ever."""
 
 
 class Ends(NamedTuple):
@@ -120,6 +124,8 @@ class Source:
             topic_id=str(found.topic_id),
             partitions=len(found.partitions),
             log_append_time=settings["message.timestamp.type"].value == "LogAppendTime",
+            compacted="compact" in settings["cleanup.policy"].value,
+            retention_ms=int(settings["retention.ms"].value) if "delete" in settings["cleanup.policy"].value else -1,
         )
 
     def ends(self, partitions: Iterable[int], timeout: float = REQUEST_S) -> dict[int, int]:

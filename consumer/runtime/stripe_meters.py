@@ -1,6 +1,7 @@
 """Whether a meter at Stripe bills what is counted here: one of another kind bills wrongly, without any error."""
 
 from collections.abc import Iterator
+from typing import Final
 
 from consumer.config import Config
 from consumer.runtime.stripe_reads import Meter
@@ -15,24 +16,31 @@ def destinations(config: Config) -> dict[str, tuple[Destination, list[str]]]:
     return found
 
 
-def unfit(meter: Meter, wanted: Destination) -> Iterator[str]:
-    """All that is wrong with a meter for these totals, each with its cure."""
-    other = (
-        "A meter cannot be changed: create one that sums raw events under another event name (`tallyman setup` does), "
-        "and set stripe.event_name to it"
-    )
-    if meter.status != "active":
-        yield f"{meter.id} is deactivated, and takes no events: reactivate it in Stripe's dashboard"
+_OTHER: Final = (
+    "A meter cannot be changed: create one that sums raw events under another event name (`tallyman setup` does), and "
+    "set stripe.event_name to it"
+)
+
+
+def misbills(meter: Meter) -> Iterator[str]:
+    """Why a meter would take these totals and bill something else, each with its cure."""
     if meter.formula != "sum":
         yield (
-            f"{meter.id} does not sum its events but has the formula {meter.formula}: several totals for one window "
-            f"would be billed wrongly. {other}"
+            f"{meter.id} does not sum its events but has the formula {meter.formula}, and totals for one window are "
+            f"several where they come from several partitions or late. {_OTHER}"
         )
     if meter.event_time_window is not None:
         yield (
             f"{meter.id} keeps only the newest event of each {meter.event_time_window} (event_time_window): most of "
-            f"the usage would be billed to nobody. {other}"
+            f"the usage would be billed to nobody. {_OTHER}"
         )
+
+
+def unfit(meter: Meter, wanted: Destination) -> Iterator[str]:
+    """All that is wrong with a meter for these totals, each with its cure."""
+    if meter.status != "active":
+        yield f"{meter.id} is deactivated, and takes no events: reactivate it in Stripe's dashboard"
+    yield from misbills(meter)
     if meter.customer_key != wanted.customer_key:
         yield (
             f"{meter.id} reads the customer under {meter.customer_key}, and totals have it under "

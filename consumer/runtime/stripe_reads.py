@@ -125,9 +125,11 @@ class StripeReads:
         livemode: bool,
         clock: Clock,
         budget: int | None = None,
+        attempts: int = ATTEMPTS,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        """``budget``: calls at most, repetitions included; None is as many as it takes. ``pause`` waits for seconds."""
+        """``budget``: calls at most, repetitions included; None is as many as it takes. ``attempts``: of one read.
+        ``pause`` waits for seconds."""
         stripe.enable_telemetry = False
         self._connections = stripe.RequestsClient(timeout=TIMEOUT)
         self._client = stripe.StripeClient(
@@ -140,6 +142,7 @@ class StripeReads:
         self._livemode = livemode
         self._clock = clock
         self._budget = budget
+        self._attempts = attempts
         self._pause = pause
         self._next_at = clock.elapsed()
         self.calls = 0
@@ -213,6 +216,10 @@ class StripeReads:
         after: dict[str, str] = {}
         while True:
             page = self._ask(what, partial(listing, {**params, **after, "limit": PAGE}))
+            if getattr(page, "object", None) != "list":
+                raise ReadFailed(
+                    f"{what}: the answer is not Stripe's. Is stripe.api_base right, is a proxy in between?"
+                )
             yield from page.data
             if not page.has_more:
                 return
@@ -221,17 +228,17 @@ class StripeReads:
             after = {"starting_after": page.data[-1].id}
 
     def _ask(self, what: str, call: Callable[[], Any]) -> Any:
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, self._attempts + 1):
             self._pace(what)
             try:
                 found = call()
             except stripe.StripeError as failed:
                 self._note_date(failed.headers or {})
-                if attempt == ATTEMPTS or not _passing(failed):
-                    raise _failure(what, failed) from None
+                if attempt == self._attempts or not _passing(failed):
+                    raise _failure(what, failed, attempt) from None
                 self._pause(0.5 * 2 ** (attempt - 1))
             else:
-                return self._checked(found)
+                return self._checked(what, found)
         raise Silent(f"Stripe was not asked ({what})")
 
     def _pace(self, what: str) -> None:
@@ -243,9 +250,11 @@ class StripeReads:
             self._pause((self._next_at - now) / 1000)
         self._next_at = max(now, self._next_at) + 1000 // RATE[self._livemode]
 
-    def _checked(self, found: Any) -> Any:
+    def _checked(self, what: str, found: Any) -> Any:
+        if not isinstance(found, stripe.StripeObject):
+            raise _not_stripes(what)
         self._note_date(found.last_response.headers if found.last_response else {})
-        rows = [found] if getattr(found, "object", None) != "list" else found.data
+        rows: list[Any] = found["data"] if getattr(found, "object", None) == "list" else [found]
         if any(getattr(each, "livemode", self._livemode) != self._livemode for each in rows):
             raise WrongMode(
                 f"stripe.livemode is {str(self._livemode).lower()}, but Stripe answered in "
@@ -273,18 +282,23 @@ def reading(
         reads.close()
 
 
+def _not_stripes(what: str) -> ReadFailed:
+    return ReadFailed(f"{what}: the answer is not Stripe's. Is stripe.api_base right, is a proxy in between?")
+
+
 def _passing(failed: stripe.StripeError) -> bool:
     status = failed.http_status
     return status is None or status in {409, 429} or status >= 500
 
 
-def _failure(what: str, failed: stripe.StripeError) -> ReadFailed:
+def _failure(what: str, failed: stripe.StripeError, attempts: int) -> ReadFailed:
     status, said = failed.http_status, failed.user_message or type(failed).__name__
     code = getattr(failed.error, "code", None)
+    times = "once" if attempts == 1 else f"{attempts} times"
     if status is None:
-        return Silent(f"Stripe does not answer ({what}, asked {ATTEMPTS} times): try again later")
+        return Silent(f"Stripe does not answer ({what}, asked {times}): try again later")
     if _passing(failed):
-        return Silent(f"Stripe does not say ({what}, asked {ATTEMPTS} times, {status}: {said}): try again later")
+        return Silent(f"Stripe does not say ({what}, asked {times}, {status}: {said}): try again later")
     if status in {401, 403}:
         return KeyRefused(f"{what}: the Stripe key may not do this ({status}: {said}): give it this permission")
     if status == 404 or code == "resource_missing":

@@ -84,7 +84,7 @@ class Desk:
             "bill_from": shown(self.bill_from),
             "kafka": {"bootstrap_servers": self.kafka.bootstrap_servers, "topic": self.topic},
             "storage": dict(self.storage),
-            "stripe": {"livemode": False, "mode": "hold"},
+            "stripe": {"livemode": False, "mode": "hold", "api_base": "http://127.0.0.1:1"},
             "http": {"host": "127.0.0.1", "port": 0},
             "meters": [
                 {

@@ -79,7 +79,7 @@ class Place:
             "kafka": {"bootstrap_servers": self.servers, "topic": self.topic},
             "storage": {"kind": "sqlite", "path": str(self.path)},
             "commit_every": "100ms",
-            "stripe": {"livemode": False, "mode": "hold"},
+            "stripe": {"livemode": False, "mode": "hold", "api_base": "http://127.0.0.1:1"},
             "http": {"host": "127.0.0.1", "port": 0},
             "meters": [
                 {
@@ -297,7 +297,7 @@ def test_produce_writes_sample_events_that_are_counted(place: Place) -> None:
 
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"500 events written to {place.topic}: ")
-    place.configure(stripe={"livemode": True})
+    place.configure(stripe={"livemode": True, "api_base": "https://127.0.0.1:1"})
     refused = CliRunner().invoke(app, ["produce", "-c", str(place.config)], env={"STRIPE_SECRET_KEY": "sk_live_1"})
     assert (refused.exit_code, refused.stderr) == (
         2,

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin._resource import ResourceType
 
 from consumer.sandbox.kafka import Kafka, LocalKafka
 from consumer.sandbox.stripe import SECRET_KEY
+from consumer.sandbox.stripe_server import Fault
 from consumer.storage import Append, Log
 from consumer.totals import Command, encode
 from tests.kafka.harness import (
@@ -420,8 +423,43 @@ def test_answers_in_the_wrong_mode_stop_the_service_at_once(on: Bench) -> None:
     service.spawn()
     said = service.fails()
     assert "stripe.livemode is false, but Stripe answered in live mode" in said
+    assert on.stripe.model.events == [], "its meters told it before the first total did"
+    on.stripe.faults.reads = [Fault.ERROR]
+    service.spawn()
+    said = service.fails()
+    assert "stripe.livemode is false, but Stripe answered in live mode" in said
     assert live not in service.log()
     assert len(on.stripe.model.events) == 1
+
+
+def test_a_meter_that_would_bill_wrongly_is_not_started_on(on: Bench) -> None:
+    """It takes every total and bills something else, without an error that anybody would see."""
+    topic = past_topic(on)
+    service = on.service(topic)
+    (meter,) = on.stripe.model._meters.values()
+    meter.formula = "last"
+    past_events(topic, {"cus_a": 1}, at=real_now() - HOUR)
+    said = service.refuses()
+    assert "Stripe would bill wrongly:" in said
+    assert "does not sum its events but has the formula last" in said
+    assert on.stripe.model.events == []
+    service.set(stripe={"mode": "hold"})
+    service.start()
+    service.stop()
+    service.set(stripe={"mode": "send"})
+    on.stripe.faults.reads = [Fault.HANG]
+    service.start()
+    service.until(lambda: len(on.stripe.model.events) == 1, "a Stripe that does not say keeps nobody from starting")
+    service.stop()
+
+
+def test_a_compacted_topic_is_not_started_on(on: Bench) -> None:
+    """Kafka would remove all events of a customer but the newest."""
+    topic = past_topic(on)
+    entry = ConfigEntry("cleanup.policy", "compact", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic.name, incremental_configs=[entry])
+    topic.admin.incremental_alter_configs([resource])[resource].result(10.0)
+    assert "has a cleanup.policy with compact" in on.service(topic).refuses()
 
 
 @pytest.mark.parametrize("body", ["<html>Sign in first</html>", "{}", "[]", "null", '"ok"', '{"livemode": false}'])

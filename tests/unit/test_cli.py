@@ -325,6 +325,7 @@ def test_check_says_everything_that_is_wrong_at_once_each_with_its_cure(
                 "rk_test_, or correct stripe.livemode"
             ),
         ),
+        ("ok", "rate", "25 calls a second are enough for 1500 customers with usage in every window"),
         ("error", "customers", "customers.path: missing.yaml cannot be read: No such file or directory"),
         ("ok", "http", "0.0.0.0:0 is free"),
     ]

@@ -1,0 +1,420 @@
+"""`tallyman reconcile`, on a store that stage 2 has written and against the Stripe stand-in that it sent to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlencode
+
+import pytest
+from typer.testing import CliRunner
+
+from consumer import totals as log_of_totals
+from consumer.cli import app
+from consumer.deliver.answers import Answer, Heard, Lost
+from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.entries import SAME_IDENTIFIER_FOR
+from consumer.deliver.pacing import Outlet
+from consumer.runtime.customers import Passthrough
+from consumer.sandbox.stripe import SECRET_KEY
+from consumer.sandbox.stripe_server import Clock, StripeStandIn
+from consumer.sandbox.stripe_wire import read_call
+from consumer.storage import Append, Log, Stage
+from consumer.storage.sqlite import SqliteStore
+from consumer.totals import Destination, Total
+
+DAY: Final = 86_400
+T0: Final = 1_793_491_200
+"""2026-11-01T00:00:00Z."""
+NOON: Final = T0 + DAY // 2
+LATER: Final = T0 + 3 * DAY
+
+CONFIG: Final = """\
+pipeline: test
+storage: {{kind: sqlite, path: {path}}}
+stripe: {{livemode: false, api_base: "{base}"}}
+meters:
+  - {{name: ai, event_types: [used], aggregation: sum, value: $.n, stripe: {{event_name: tokens}}}}
+  - {{name: api, event_types: [called], aggregation: count, stripe: {{event_name: calls}}}}
+"""
+
+
+class Account:
+    """A pipeline that has delivered to the stand-in, and both seen from outside."""
+
+    def __init__(self, directory: Path, stripe: StripeStandIn) -> None:
+        self.stripe = stripe
+        self.path = directory / "tallyman.db"
+        self.config = directory / "tallyman.yaml"
+        self.config.write_text(CONFIG.format(path=self.path, base=stripe.url))
+
+    def deliver(self, *given: Total, now: int | None = None, silent: bool = False, lost: bool = False) -> None:
+        """Stage 1 closes totals and stage 2 sends them. ``silent``: Stripe does not answer; ``lost``: it takes them."""
+        now = (int(self.stripe.clock()) if now is None else now) * 1000
+        with SqliteStore.open(self.path, now=lambda: now, create=True, lock=False) as store:
+            store.append(Append(Log.TOTALS, b"k", log_of_totals.encode(each)) for each in given)
+            restored = store.restore(Stage.DELIVER, 0)
+            delivery = Delivery(customers=Passthrough(), in_flight=1000, parked_limit=1000, outlet=Outlet(1000))
+            offset = restored.offset if restored else 1
+            delivery.restore(offset, restored.entries if restored else (), now)
+            for each in store.read(Log.TOTALS, offset - 1, 100_000):
+                delivery.read(each.offset, log_of_totals.decode(each.value), now)
+            while (changes := delivery.commit(now)) is not None:
+                store.commit(Stage.DELIVER, {0: changes})
+                delivery.committed()
+                while (attempt := delivery.next(now)) is not None:
+                    if delivery.may_send(attempt, now):
+                        heard = Lost("TimeoutError") if silent else self.send(attempt)
+                        delivery.answered(attempt, Lost("TimeoutError") if lost else heard, now)
+
+    def send(self, attempt: Attempt) -> Heard:
+        """One Meter Event."""
+        payload = {f"payload[{name}]": value for name, value in attempt.payload.items()}
+        sent = {
+            "event_name": attempt.event_name,
+            "identifier": attempt.identifier,
+            "timestamp": attempt.timestamp,
+            **payload,
+        }
+        answer = self.stripe.model.handle(
+            read_call("POST", "/v1/billing/meter_events", urlencode(sent), f"Bearer {SECRET_KEY}", attempt.key)
+        )
+        assert answer.status == 200
+        return Answer(200)
+
+    def sent_by_another(self, value: str, customer: str = "cus_alice", timestamp: int = NOON) -> None:
+        """Usage that is not ours."""
+        name = f"other-{value}-{customer}-{timestamp}"
+        payload = {"stripe_customer_id": customer, "value": value}
+        self.send(Attempt(name, name, "tokens", "tokens", value, payload, timestamp, customer))
+
+    def reconcile(self, *words: str, json_: bool = True) -> Any:
+        """The command, over the first three days of the month."""
+        given = ["--since", "2026-11-01", "--until", "2026-11-04", *words, *(["--json"] if json_ else [])]
+        return CliRunner().invoke(
+            app,
+            ["reconcile", "-c", str(self.config), *given],
+            env={"STRIPE_SECRET_KEY": SECRET_KEY, "COLUMNS": "250"},
+        )
+
+
+def found(result: Any, exit_code: int = 0) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The days that are not equal, and what was compared."""
+    assert result.exit_code == exit_code, result.stderr
+    *days, compared = map(json.loads, result.stdout.splitlines())
+    assert compared.pop("kind") == "compared"
+    assert {day.pop("kind") for day in days} <= {"day"}
+    return days, compared
+
+
+@pytest.fixture
+def account(tmp_path: Path) -> Iterator[Account]:
+    clock = Clock(lambda: float(LATER))
+    with StripeStandIn(clock=clock, accept_any_customer=True) as stripe:
+        stripe.model.add_meter("tokens")
+        stripe.model.add_meter("calls")
+        yield Account(tmp_path, stripe)
+
+
+def total(
+    timestamp: int, customer: str = "cus_alice", value: str = "5", *, event_name: str = "tokens", offset: int = 0
+) -> Total:
+    start = timestamp // 60 * 60
+    return Total(
+        f"tm1-{timestamp}-{customer}-{event_name}", "test", "ai", "e", 2, start, "1m", 0, start * 1000, customer,
+        value, 3, timestamp, offset, offset + 9, Destination(event_name),
+    )  # fmt: skip
+
+
+def later(account: Account, hours: int) -> None:
+    account.stripe.clock.advance(hours * 3600)
+
+
+# Equal
+
+
+def test_what_was_delivered_and_counted_is_equal(account: Account) -> None:
+    account.deliver(
+        *(total(T0 + day * DAY + 60 * minute, value="0.1") for day in range(3) for minute in range(1440)[::90]),
+        total(NOON, "cus_bob", "-7.000000000001"),
+        total(NOON, event_name="calls", value="3"),
+        total(T0 - 1, value="1000"),
+    )
+    later(account, 2)
+
+    days, compared = found(account.reconcile())
+
+    assert days == []
+    assert compared == {
+        "since": T0,
+        "until": T0 + 3 * DAY,
+        "calls": 4,
+        "customers": 3,
+        "not_asked": 0,
+        "equal": 5,
+        "equal_value": "0.799999999999",
+        "open": 0,
+        "doubt": 0,
+        "differs": 0,
+    }
+
+
+def test_it_may_be_about_one_meter_or_one_customer(account: Account) -> None:
+    account.deliver(total(NOON), total(NOON, "cus_bob", "7"), total(NOON, event_name="calls", value="3"))
+
+    assert found(account.reconcile("--meter", "api"))[1]["equal_value"] == "3"
+    assert found(account.reconcile("--customer", "cus_bob"))[1]["equal_value"] == "7"
+    unknown = account.reconcile("--meter", "none")
+    assert (unknown.exit_code, unknown.stderr) == (2, "tallyman: there is no meter none: ai, api\n")
+
+
+# Different
+
+
+def test_a_difference_is_narrowed_down_to_hours_totals_and_offsets(account: Account) -> None:
+    account.deliver(
+        total(NOON, offset=100), total(NOON + 60, value="2", offset=200), total(NOON + 3600), total(T0 + DAY)
+    )
+    account.sent_by_another("0.25")
+    later(account, 2)
+
+    days, compared = found(account.reconcile(), exit_code=1)
+
+    assert days == [
+        {
+            "event_name": "tokens",
+            "customer": "cus_alice",
+            "start": T0,
+            "ours": "12",
+            "stripe": "12.25",
+            "difference": "0.25",
+            "state": "differs",
+            "why": "Stripe has more than was delivered: who else sends usage there?",
+            "hours": [
+                {
+                    "start": NOON,
+                    "ours": "7",
+                    "stripe": "7.25",
+                    "totals": [
+                        {
+                            "identifier": f"tm1-{NOON}-cus_alice-tokens",
+                            "state": "delivered",
+                            "value": "5",
+                            "partition": 2,
+                            "first_offset": 100,
+                            "last_offset": 109,
+                        },
+                        {
+                            "identifier": f"tm1-{NOON + 60}-cus_alice-tokens",
+                            "state": "delivered",
+                            "value": "2",
+                            "partition": 2,
+                            "first_offset": 200,
+                            "last_offset": 209,
+                        },
+                    ],
+                }
+            ],
+        }
+    ]
+    assert (compared["equal"], compared["differs"], compared["calls"]) == (1, 1, 2)
+
+
+def test_a_long_span_asks_for_days_and_then_for_the_hours_of_those_that_differ(account: Account) -> None:
+    account.deliver(total(NOON), total(T0 + DAY), total(NOON, "cus_bob"))
+    account.sent_by_another("1")
+    later(account, 2)
+
+    days, compared = found(account.reconcile("--since", "2026-10-20"), exit_code=1)
+
+    assert [[hour["start"] for hour in day["hours"]] for day in days] == [[NOON]]
+    assert compared["calls"] == 4  # the meters, two customers, and the hours of one
+
+
+def test_usage_that_stripe_rejected_afterwards_is_missing(account: Account) -> None:
+    account.stripe.model.lag = 60
+    account.deliver(total(NOON), total(NOON, "cus_bob"))
+    account.stripe.model.rejected_later["cus_bob"] = "meter_event_customer_not_found"
+    later(account, 2)
+
+    (day,), _ = found(account.reconcile(), exit_code=1)
+
+    assert (day["customer"], day["ours"], day["stripe"], day["difference"]) == ("cus_bob", "5", "0", "-5")
+    assert day["why"].startswith("Stripe has less than was delivered: events were rejected")
+
+
+def test_a_customer_or_a_meter_that_stripe_does_not_know_differs(account: Account) -> None:
+    account.deliver(total(NOON), total(NOON, event_name="calls"))
+    del account.stripe.model._meters["mtr_0000000000000002"]
+    account.stripe.model.accept_any_customer = False
+    later(account, 2)
+
+    days, _ = found(account.reconcile(), exit_code=1)
+
+    assert [day["event_name"] for day in days] == ["calls", "tokens"]
+    assert {day["why"].split(":")[0] for day in days} == {"Stripe knows no such meter or customer"}
+
+
+def test_usage_of_a_day_on_which_we_sent_nothing_is_seen_too(account: Account) -> None:
+    account.deliver(total(NOON))
+    account.sent_by_another("1", timestamp=NOON + DAY)
+    later(account, 2)
+
+    (day,), _ = found(account.reconcile(), exit_code=1)
+
+    assert (day["start"], day["ours"], day["stripe"]) == (T0 + DAY, "0", "1")
+
+
+# Too early, and in doubt
+
+
+def test_what_was_just_delivered_may_lag_and_is_open(account: Account) -> None:
+    account.stripe.model.lag = 600
+    account.deliver(total(NOON), total(NOON + DAY, "cus_bob"))
+
+    days, _ = found(account.reconcile())
+
+    assert {(day["state"], day["why"]) for day in days} == {
+        ("open", "delivered within the last hour, and Stripe's sums may lag")
+    }
+    later(account, 2)
+    assert found(account.reconcile())[0] == []
+
+
+def test_a_day_that_is_not_over_is_open(account: Account) -> None:
+    account.stripe.clock.advance(-NOON)
+    account.stripe.clock.move_to(NOON)
+    account.deliver(total(NOON - 7200), now=NOON - 7100)
+    account.sent_by_another("1", timestamp=NOON - 60)
+
+    (day,), _ = found(account.reconcile())
+
+    assert (day["state"], day["why"]) == ("open", "it is not over, or only just")
+
+
+def test_totals_that_are_on_their_way_keep_a_day_open(account: Account) -> None:
+    account.deliver(total(NOON), lost=True)
+    later(account, 2)
+
+    (day,), _ = found(account.reconcile())
+
+    assert (day["state"], day["why"], day["stripe"]) == ("open", "a total is on its way", "5")
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_totals_in_doubt_may_be_the_difference_and_are_not_called_wrong(account: Account, taken: bool) -> None:
+    account.deliver(total(NOON), total(NOON + 60, value="2"), lost=taken, silent=not taken)
+    later(account, 1 + SAME_IDENTIFIER_FOR // 3_600_000)
+    account.deliver(silent=True)
+    later(account, 2)
+
+    days, compared = found(account.reconcile())
+
+    if taken:
+        assert [(day["state"], day["difference"]) for day in days] == [("doubt", "7")]
+    else:
+        assert (days, compared["equal"]) == ([], 1)
+    account.sent_by_another("0.5")
+    assert [day["state"] for day in found(account.reconcile(), exit_code=1)[0]] == ["differs"]
+
+
+# The budget
+
+
+def test_stripe_is_asked_no_more_often_than_it_may_be(account: Account) -> None:
+    account.deliver(*(total(NOON, f"cus_{number}") for number in range(12)))
+    later(account, 48)
+
+    _, compared = found(account.reconcile("--budget", "5"))
+
+    assert (compared["calls"], compared["customers"], compared["not_asked"]) == (5, 4, 8)
+    shown = account.reconcile("--budget", "5", json_=False).stdout
+    assert shown.endswith("8 customers were left out: raise --budget, or ask for less\n")
+
+
+def test_calls_that_narrow_differences_down_are_kept_back(account: Account) -> None:
+    account.deliver(*(total(NOON, f"cus_{number}") for number in range(12)))
+    for number in range(12):
+        account.sent_by_another("1", customer=f"cus_{number}")
+    later(account, 48)
+
+    days, compared = found(account.reconcile("--budget", "7", "--since", "2026-10-20"), exit_code=1)
+
+    assert (compared["calls"], compared["customers"], compared["not_asked"]) == (7, 3, 9)
+    assert [[hour["start"] for hour in day["hours"]] for day in days] == [[NOON]] * 3
+
+
+def test_repetitions_count_and_what_was_compared_before_them_is_shown(account: Account) -> None:
+    account.deliver(*(total(NOON, f"cus_{number}") for number in range(4)))
+    later(account, 48)
+    account.stripe.faults.update({"reads": [None, None, "error", None]})
+
+    _, compared = found(account.reconcile("--budget", "4"))
+
+    assert (compared["calls"], compared["customers"], compared["not_asked"]) == (4, 2, 2)
+
+
+# What people see, and what is refused
+
+
+def test_people_see_what_differs_and_where_it_came_from(account: Account) -> None:
+    account.deliver(total(NOON, offset=100), total(NOON, "cus_bob"))
+    account.sent_by_another("1")
+    later(account, 2)
+
+    result = account.reconcile(json_=False)
+
+    assert result.exit_code == 1
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines == [
+        "meter at Stripe customer day delivered Stripe difference",
+        "tokens cus_alice 2026-11-01 5 6 1 differs Stripe has more than was delivered: who else sends usage there?",
+        "",
+        "cus_alice, tokens, 2026-11-01T12:00:00Z: 5 delivered, 6 at Stripe",
+        "identifier state value read from",
+        f"tm1-{NOON}-cus_alice-tokens delivered 5 partition 2, offsets 100 to 109",
+        (
+            "2026-11-01 to 2026-11-03, 3 calls to Stripe: of 2 customers (by meter), 1 days are equal (5 in sum), "
+            "1 differ"
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--since", "2026-11-05"], "there is no day between --since and --until"),
+        (["--since", "2026-07-01"], "that is more than 100 days"),
+    ],
+)
+def test_spans_that_cannot_be_compared_are_refused(account: Account, words: list[str], says: str) -> None:
+    account.deliver()
+
+    result = account.reconcile(*words)
+
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+def test_what_is_not_kept_any_more_is_not_compared(account: Account) -> None:
+    account.deliver(total(NOON), total(NOON + DAY), now=NOON)
+    with SqliteStore.open(account.path, now=lambda: 0, create=False, lock=False) as store:
+        assert store.expire(Log.OUTCOMES, NOON * 1000 + 1, 2) > 0
+    account.config.write_text(account.config.read_text() + "limits: {keep: 24h}\n")
+
+    result = account.reconcile()
+
+    assert result.exit_code == 2
+    assert "outcomes are kept for 24h (limits.keep)" in result.stderr
+
+
+def test_stripe_not_answering_is_a_failure(account: Account) -> None:
+    account.deliver(total(NOON))
+    account.stripe.down()
+
+    result = account.reconcile()
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Stripe does not answer" in result.stderr
