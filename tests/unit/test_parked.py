@@ -394,3 +394,27 @@ def test_outcomes_that_are_not_kept_any_more_make_no_recommendation(desk: Desk) 
     told = json.loads(desk.says("parked", "show", "tm1-x", "--json"))["recommendation"]
     assert told["advice"] == "cannot_tell"
     assert told["why"].startswith("What was delivered there is not known: outcomes of that time are not kept any more")
+
+
+@pytest.mark.parametrize(
+    ("file", "coming"),
+    [
+        ("ann: cus_a\n", ["tm1-ann"]),
+        ("ann: cus_b\n", []),
+        ("ann: null\n", []),
+        ("bob: cus_a\n", []),
+        ("no mapping", ["tm1-ann"]),
+    ],
+)
+def test_who_an_unread_total_is_for_is_looked_up_and_may_be_anybody_where_that_fails(
+    desk: Desk, file: str, coming: list[str]
+) -> None:
+    """The mapping is the service's; where it cannot be read, what is unread may be for the customer in question."""
+    desk.doubt(total("x"), arrives=("tm1-x",))
+    desk.close(total("ann", customer="ann"))
+    customers = desk.path.with_name("customers.yaml")
+    customers.write_text(file)
+    desk.config.write_text(desk.config.read_text() + f"customers: {{kind: file, path: {customers}}}\n")
+    told = json.loads(desk.says("parked", "show", "tm1-x", "--json"))
+    assert [each["identifier"] for each in told["places"][0]["doubtful"]] == coming
+    assert told["recommendation"]["advice"] == ("wait" if coming else "discard")
