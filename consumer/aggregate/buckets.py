@@ -154,9 +154,7 @@ class Buckets:
                 bucket.rows = rows.setdefault(name, {})
                 self._add(bucket)
             else:
-                row = [int(number) for number in value.split()]
-                row.append(SAVED)
-                rows.setdefault(name, {})[key[1 + _KEY.size :].decode()] = row
+                rows.setdefault(name, {})[key[1 + _KEY.size :].decode()] = [*map(int, value.split()), SAVED]
         self.keys = sum(len(bucket.rows) for bucket in self.open.values())
 
     def sums(self) -> dict[str, tuple[int, int]]:

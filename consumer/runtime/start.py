@@ -131,4 +131,5 @@ def check_within(found: Found, partition: int, offset: int) -> None:
 
 def shown(time: int) -> str:
     """Milliseconds since the epoch, as the configuration writes times."""
-    return datetime.fromtimestamp(time / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    written = datetime.fromtimestamp(time // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{written}.{time % 1000:03d}Z" if time % 1000 else f"{written}Z"

@@ -140,7 +140,9 @@ class Node:
 
     def suspend(self) -> None:
         """It stands still, with all its connections, until it is resumed."""
-        self._signal(signal.SIGSTOP)
+        pid = self._signal(signal.SIGSTOP)
+        # On a busy machine its threads go on for a while.
+        os.waitid(os.P_PID, pid, os.WSTOPPED)
 
     def resume(self) -> None:
         """It goes on as if nothing had been."""
@@ -151,10 +153,11 @@ class Node:
         lines = self.log_file.read_text(errors="replace").splitlines()[-15:]
         return "\n".join([f"The end of its log, {self.log_file}:", *lines])
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, number: signal.Signals) -> int:
         if self._process is None:
             raise RuntimeError("the broker is not running")
         self._process.send_signal(number)
+        return self._process.pid
 
     def _write_properties(self) -> None:
         self._folder.mkdir(exist_ok=True)
