@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlencode
 
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
@@ -185,6 +186,35 @@ def test_a_doubt_is_settled_by_stripes_sums_or_by_a_person_and_its_story_is_told
         ("release", "an old state", "yes")
     ]
     assert (story["first_offset"], story["last_offset"]) == (0, 9)
+
+
+def test_what_stripe_lacks_is_found_and_where_it_came_from(desk: Desk) -> None:
+    """Stripe said yes to three totals, and counts two of them."""
+    with StripeStandIn(keys={"sk_test_nobody": None}, accept_any_customer=True) as stripe:
+        stripe.model.add_meter("tokens")
+        desk.configure(stripe={"livemode": False, "api_base": stripe.url})
+
+        def take(attempt: Attempt) -> Heard:
+            if attempt.stripe_customer != "cus_1":
+                given = {"event_name": "tokens", "timestamp": attempt.timestamp, "identifier": attempt.identifier}
+                payload = {f"payload[{name}]": value for name, value in attempt.payload.items()}
+                call = read_call(
+                    "POST", "/v1/billing/meter_events", urlencode(given | payload), "Bearer sk_test_nobody"
+                )
+                assert stripe.model.handle(call).status == 200
+            return OK
+
+        desk.close(*(total(number, f"cus{number}") for number in range(3)))
+        desk.deliver(take)
+        stripe.clock.advance(26 * 3600)
+        result = desk.tallyman("reconcile", "--json")
+
+    assert result.exit_code == 1, result.output
+    day, compared = map(json.loads, result.stdout.splitlines())
+    assert (day["customer"], day["ours"], day["stripe"], day["state"]) == ("cus_1", "5", "0", "differs")
+    ((part,),) = (hour["totals"] for hour in day["hours"])
+    assert (part["identifier"], part["partition"], part["last_offset"]) == ("tm1-1-cus1", 0, 9)
+    assert (compared["equal"], compared["differs"], compared["open"]) == (2, 1, 0)
 
 
 MOMENTS: dict[type[Desk], tuple[int, ...]] = {SqliteDesk: tuple(range(11)), KafkaDesk: (1, 3, 5, 6)}
