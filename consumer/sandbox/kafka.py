@@ -142,7 +142,7 @@ class Node:
         """It stands still, with all its connections, until it is resumed."""
         pid = self._signal(signal.SIGSTOP)
         # On a busy machine its threads go on for a while.
-        os.waitid(os.P_PID, pid, os.WSTOPPED)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
         """It goes on as if nothing had been."""
