@@ -131,5 +131,4 @@ def check_within(found: Found, partition: int, offset: int) -> None:
 
 def shown(time: int) -> str:
     """Milliseconds since the epoch, as the configuration writes times."""
-    written = datetime.fromtimestamp(time // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{written}.{time % 1000:03d}Z" if time % 1000 else f"{written}Z"
+    return datetime.fromtimestamp(time / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
