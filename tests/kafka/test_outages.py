@@ -148,10 +148,10 @@ def test_a_cluster_that_refuses_writes_and_then_loses_its_quorum_is_waited_for(t
         kafka.nodes[3].kill()
         until(lambda: kafka.present == {1, 2}, "the cluster has noticed", within=40.0)
         usage.produce()
-        service.until(lambda: failed_commits(service) > 0, "a commit has failed", within=60.0)
-        status, said = service.get("/readyz")
-        assert status == 503
-        assert "stage aggregate has not been able to commit since" in said
+        since = "stage aggregate has not been able to commit since"
+        service.until(lambda: since in service.get("/readyz")[1], "a commit has failed", within=60.0)
+        assert service.get("/readyz")[0] == 503
+        assert failed_commits(service) > 0
         assert '"commit_failed"' in service.log()
         kafka.nodes[2].kill()
         service.until(lambda: "Kafka has not answered since" in service.get("/readyz")[1], "it says so", within=60.0)

@@ -315,7 +315,8 @@ def test_everything_that_is_known_is_there_for_machines(desk: Desk) -> None:
     assert [each["identifier"] for each in place["delivered"]] == ["tm1-a"]
     assert [each["identifier"] for each in place["doubtful"]] == ["tm1-y"]
     assert [(each["identifier"], each["value"]) for each in place["this_total"]] == [("tm1-x", "5")]
-    assert (place["stripe"], place["stripe_at"]) == ("17", (T0 + 600 + DAY) * 1000)
+    assert place["stripe"] == "17"
+    assert 0 <= place["stripe_at"] - (T0 + 600 + DAY) * 1000 < 60_000, "by Stripe's clock, which goes on"
     assert (told["generation"], told["parking"], told["reason"]) == (1, 1, "in_doubt")
 
 
