@@ -131,6 +131,9 @@ class Member:
         self.metadata = self._consumer.consumer_group_metadata()
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if self._owner is None:
+            # We are leaving: to pause what is given now waits, with all of the process, for an answer that never comes.
+            return
         ours = [TopicPartition(self._topic, each.partition, OFFSET_END) for each in partitions]
         consumer.incremental_assign(ours)
         consumer.pause(ours)
