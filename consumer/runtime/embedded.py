@@ -18,9 +18,6 @@ from consumer.storage.sqlite import SqliteStore
 
 log = structlog.get_logger()
 
-PARTITION = 0
-"""One process has one log of totals."""
-
 
 def ground(config: Config, clock: Clock, source: Source, topic: Topic, store: SqliteStore) -> Ground:
     """Judge whether the file, the group's offsets and the topic belong together, and begin where it is the first start.

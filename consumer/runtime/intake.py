@@ -5,7 +5,7 @@ Waits are short, for it sits out the timeout of ``consume`` and lets no signal t
 with each partition and kept by us, never asked of it. Records of a partition that is not ours are dropped.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,9 +19,10 @@ from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record
 from consumer.aggregate.clock import QuietClock, Reading
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.runtime.clocks import Clock
+from consumer.runtime.commits import Commits
 from consumer.runtime.membership import Membership
-from consumer.runtime.restoring import Restoring, backoff
-from consumer.runtime.source import Ends, Source, SourceError
+from consumer.runtime.restoring import Restoring
+from consumer.runtime.source import Ends, Silence, Source, SourceError
 from consumer.storage import CommitFailed, Progress, Stage, Store
 
 log = structlog.get_logger()
@@ -114,24 +115,16 @@ class Intake:
         self._draining = False
         """Whether the last commit left windows to close, more than one commit may."""
         self._owned: set[int] = set()
-        self._failures = 0
-        """Commits that have failed since the last one that was made."""
         self.partitions: dict[int, Partition] = {}
         """Those that are being read; the other ones that are ours are restored."""
         self.restoring = Restoring(Stage.AGGREGATE, restore)
         self.settled = False
         """Whether it has been told what it owns, and has restored all of it; once true it stays so."""
         self.committed: dict[int, Committed] = {}
-        self.failed_commits: Counter[str] = Counter()
-        """By how they failed."""
-        self.failing_since: int | None = None
-        """The time of day since which no commit has been made, though one was due; None while they are made."""
-        self.kafka_silent_since: int | None = None
-        """The time of day since which Kafka has not answered; None while it does."""
+        self.commits = Commits(Stage.AGGREGATE, clock)
+        self.silence = Silence()
         self.turned = clock.elapsed()
         """When the loop last went round, by the monotonic clock."""
-        self.last_commit: tuple[int, float] | None = None
-        """When (time of day, ms) the last commit was made and how long it took, in seconds."""
 
     # What is ours
 
@@ -280,7 +273,7 @@ class Intake:
             for number, partition in self.partitions.items()
             if not (partition.held or partition.aggregator.closing) and partition.aggregator.closes_by(now)
         }
-        if quiet or self.kafka_silent_since is not None or elapsed - self._heard_at >= LOOK_AGAIN_MS:
+        if quiet or self.silence.since is not None or elapsed - self._heard_at >= LOOK_AGAIN_MS:
             ends = self._asked_ends(now)
         else:
             ends = self._fetched_ends()
@@ -312,13 +305,9 @@ class Intake:
                 self._source.topic_now(END_S)
             ends = self._source.ends(self.partitions, END_S) if self.partitions else {}
         except SourceError as failed:
-            if self.kafka_silent_since is None:
-                self.kafka_silent_since = now
-                log.warning("kafka_silent", reason=str(failed))
+            self.silence.kept(failed, now)
             return {}
-        if self.kafka_silent_since is not None:
-            self.kafka_silent_since = None
-            log.info("kafka_answers")
+        self.silence.broken()
         return ends
 
     def _fetched_ends(self) -> dict[int, int]:
@@ -354,35 +343,17 @@ class Intake:
         try:
             self._store.commit(Stage.AGGREGATE, changes)
         except CommitFailed as failed:
-            self._start_again(changes, failed)
+            again_s = self.commits.failed(changes, failed)
+            self._drop(changes)
+            for number in self._owned.intersection(changes):
+                self.restoring.begin(number, after_s=again_s)
             return
-        self._failures, self.failing_since = 0, None
         for number in changes:
             self._note(number)
-        took = (self._clock.elapsed() - began) / 1000
-        self.last_commit = self._clock.now(), took
+        took = self.commits.made(began)
         self._tell_committed()
         self._draining = any(partition.aggregator.closing for partition in self.partitions.values())
         log.debug("committed", offsets={n: c.offset for n, c in changes.items()}, seconds=took)
-
-    def _start_again(self, partitions: Collection[int], failed: CommitFailed) -> None:
-        """What is in memory may be ahead of what is durable, or behind it: only a restore tells."""
-        self._failures += 1
-        self.failed_commits[failed.how] += 1
-        if self.failing_since is None:
-            self.failing_since = self._clock.now()
-        again_s = backoff(self._failures)
-        log.warning(
-            "commit_failed",
-            stage=str(Stage.AGGREGATE),
-            how=failed.how,
-            reason=str(failed),
-            partitions=sorted(partitions),
-            again_s=again_s,
-        )
-        self._drop(partitions)
-        for number in self._owned.intersection(partitions):
-            self.restoring.begin(number, after_s=again_s)
 
     def _note(self, number: int) -> None:
         aggregator = self.partitions[number].aggregator

@@ -1,7 +1,7 @@
 """What Prometheus sees. What counts events and totals is read from committed books, so that no crash falsifies it."""
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import confluent_kafka
@@ -17,6 +17,7 @@ from consumer.deliver.pacing import Shut
 from consumer.runtime.clocks import Clock
 from consumer.runtime.intake import Intake
 from consumer.runtime.reporter import Reporter
+from consumer.runtime.source import Silence
 from consumer.storage import FAILURES, Stage
 from consumer.totals import SCALE
 
@@ -73,18 +74,18 @@ class State(Collector):
         intake: Intake | None,
         reporter: Reporter | None,
         clock: Clock,
-        kafka_silent_since: Callable[[], int | None],
+        silence: Silence,
     ) -> None:
         self._intake = intake
         self._reporter = reporter
         self._clock = clock
-        self._kafka_silent_since = kafka_silent_since
+        self._silence = silence
 
     def collect(self) -> Iterator[Metric]:
         """All families. Read from other threads than those that write: nothing here waits or locks."""
         yield from self._build()
         yield GaugeMetricFamily(
-            "tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", self._kafka_silent_since() is None
+            "tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", self._silence.since is None
         )
         if self._intake is not None:
             yield from self._events(self._intake)
@@ -277,11 +278,11 @@ class State(Collector):
             labels=["stage", "reason"],
         )
         for stage, each in self._running():
-            if each.last_commit is not None:
-                at.add_metric([stage], each.last_commit[0] / 1000)
-                took.add_metric([stage], each.last_commit[1])
+            if each.commits.last is not None:
+                at.add_metric([stage], each.commits.last[0] / 1000)
+                took.add_metric([stage], each.commits.last[1])
             for how in FAILURES:
-                failed.add_metric([stage, how], each.failed_commits[how])
+                failed.add_metric([stage, how], each.commits.failures[how])
         yield from (took, at, failed)
 
     def _restores(self) -> Iterator[Metric]:

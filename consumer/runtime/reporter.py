@@ -1,7 +1,7 @@
 """The loop of stage 2: it reads the totals log, lets the cores decide, makes that durable, and sends."""
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -14,9 +14,10 @@ from consumer.deliver.customers import Customers
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.pacing import Outlet
 from consumer.runtime.clocks import Clock
+from consumer.runtime.commits import Commits
 from consumer.runtime.customers import CustomerFile
 from consumer.runtime.membership import Membership
-from consumer.runtime.restoring import Restoring, backoff
+from consumer.runtime.restoring import Restoring
 from consumer.runtime.stripe import CONNECTIONS, Stripe
 from consumer.runtime.totals_log import TotalsLog
 from consumer.storage import Changes, CommitFailed, Progress, Stage, Store
@@ -103,7 +104,6 @@ class Reporter:
         self._observe = observe
         self._owned: set[int] = set()
         self._joined = False
-        self._failures = 0
         self._turns: deque[Partition] = deque()
         """Whose turn it is to send."""
         self._sending: dict[asyncio.Task[None], Delivery] = {}
@@ -115,14 +115,9 @@ class Reporter:
         self.restoring = Restoring(Stage.DELIVER, restore)
         self.settled = False
         """Whether it has been told what it owns, and has restored all of it; once true it stays so."""
-        self.failed_commits: Counter[str] = Counter()
-        """By how they failed."""
-        self.failing_since: int | None = None
-        """The time of day since which no commit has been made, though one was due; None while they are made."""
+        self.commits = Commits(Stage.DELIVER, clock)
         self.turned = clock.elapsed()
         """When the loop last went round, by the monotonic clock."""
-        self.last_commit: tuple[int, float] | None = None
-        """When (time of day, ms) the last commit was made and how long it took, in seconds."""
 
     # What is seen from outside
 
@@ -169,7 +164,7 @@ class Reporter:
             if changes:
                 self._store.commit(Stage.DELIVER, changes)
         except CommitFailed as failed:
-            self._note_failure(changes, failed)
+            self.commits.failed(changes, failed)
         self.lost(partitions)
 
     def lost(self, partitions: Collection[int]) -> None:
@@ -348,33 +343,15 @@ class Reporter:
         try:
             await asyncio.to_thread(self._store.commit, Stage.DELIVER, changes)
         except CommitFailed as failed:
-            again_s = self._note_failure(changes, failed)
+            again_s = self.commits.failed(changes, failed)
             self._drop(changes)
             for number in self._owned.intersection(changes):
                 self.restoring.begin(number, after_s=again_s)
             return
-        self._failures, self.failing_since = 0, None
         for number in changes:
             self.partitions[number].delivery.committed()
-        self.last_commit = self._clock.now(), (self._clock.elapsed() - began) / 1000
+        self.commits.made(began)
         self._news.set()
-
-    def _note_failure(self, partitions: Collection[int], failed: CommitFailed) -> float:
-        """Returns how many seconds to wait before the restore that tells what came of it."""
-        self._failures += 1
-        self.failed_commits[failed.how] += 1
-        if self.failing_since is None:
-            self.failing_since = self._clock.now()
-        again_s = backoff(self._failures)
-        log.warning(
-            "commit_failed",
-            stage=str(Stage.DELIVER),
-            how=failed.how,
-            reason=str(failed),
-            partitions=sorted(partitions),
-            again_s=again_s,
-        )
-        return again_s
 
     # Sending
 

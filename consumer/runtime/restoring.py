@@ -16,12 +16,6 @@ log = structlog.get_logger()
 AT_ONCE: Final = 4
 """Small states are restored in the time of a few round trips, of which most is waiting."""
 AGAIN_S: Final = 1.0
-LONGEST_S: Final = 30.0
-
-
-def backoff(failures: int) -> float:
-    """Seconds to wait after so many commits in a row that failed: a cluster that is ill gets no worse by us."""
-    return 0.0 if failures <= 1 else min(LONGEST_S, 2.0 ** (failures - 2))
 
 
 class _GivenUp(Exception):

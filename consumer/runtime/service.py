@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final
 
@@ -26,7 +25,7 @@ from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
 from consumer.runtime.metrics import Requests, State
 from consumer.runtime.reporter import Reporter
-from consumer.runtime.source import Source, SourceError, SourceSilent, Topic
+from consumer.runtime.source import Silence, Source, SourceError, SourceSilent, Topic
 from consumer.runtime.stripe import Stripe
 from consumer.storage import Stage, Unreachable
 from consumer.storage.sqlite import SqliteStore
@@ -94,13 +93,6 @@ def _begin(config: Config, clock: Clock, source: Source, stages: frozenset[Stage
         return replace(ground, close=opened.pop_all().close)
 
 
-def storage_path(config: Config) -> Path:
-    """The file of the embedded store."""
-    if not isinstance(config.storage, SqliteStorage):
-        raise ServiceError("storage.kind is not sqlite")
-    return config.storage.path
-
-
 def check_arrival(config: Config, topic: Topic) -> None:
     """Refuse a topic whose timestamps are not what the configuration relies on."""
     if config.kafka.arrival == "log_append_time" and not topic.log_append_time:
@@ -149,7 +141,7 @@ class _Service:
         self._source = source
         self._wanted = stages
         self._waits_for: str | None = None
-        self._unanswered_since: int | None = None
+        self._silence = Silence()
         self._stopping = Event()
         self._intake: Intake | None = None
         self._intake_failure: BaseException | None = None
@@ -174,7 +166,7 @@ class _Service:
             try:
                 self._waits_for = None
                 self._prepare(ground, requests)
-                registry.register(State(self._intake, self._reporter, self._clock, lambda: self._silent_since))
+                registry.register(State(self._intake, self._reporter, self._clock, self._silence))
                 await self._stages(ground, port)
             finally:
                 await asyncio.to_thread(ground.close)
@@ -278,6 +270,7 @@ class _Service:
                 committed=self._tell_reporter,
                 ends=ground.ends,
             )
+            self._silence = self._intake.silence
 
     async def _listen(self, http: Http) -> int:
         host, port = self._config.http.host, self._config.http.port
@@ -342,19 +335,10 @@ class _Service:
             try:
                 await asyncio.to_thread(self._source.topic_now, ASK_EVERY_S)
             except SourceError as failed:
-                if self._unanswered_since is None:
-                    self._unanswered_since = self._clock.now()
-                    log.warning("kafka_silent", reason=str(failed))
+                self._silence.kept(failed, self._clock.now())
             else:
-                if self._unanswered_since is not None:
-                    self._unanswered_since = None
-                    log.info("kafka_answers")
+                self._silence.broken()
             await asyncio.sleep(ASK_EVERY_S)
-
-    @property
-    def _silent_since(self) -> int | None:
-        """The time of day since which Kafka has not answered; None while it does."""
-        return self._unanswered_since if self._intake is None else self._intake.kafka_silent_since
 
     async def _expire(self, ground: Ground) -> None:
         """Delete what has been kept for long enough, a little at a time."""
@@ -382,16 +366,16 @@ class _Service:
         for stage, each in ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter)):
             if each is not None and elapsed - each.turned > SLOW_MS:
                 reasons.append(f"stage {stage} has been waiting for its store for {(elapsed - each.turned) // 1000} s")
-            if each is not None and each.failing_since is not None:
-                reasons.append(f"stage {stage} has not been able to commit since {start.shown(each.failing_since)}")
+            if each is not None and (since := each.commits.failing_since) is not None:
+                reasons.append(f"stage {stage} has not been able to commit since {start.shown(since)}")
         if self._intake is not None:
             reasons += [
                 f"partition {number} waits: its records are dated ahead of this host's clock"
                 for number, partition in list(self._intake.partitions.items())
                 if partition.held
             ]
-        if self._silent_since is not None:
-            reasons.append(f"Kafka has not answered since {start.shown(self._silent_since)}")
+        if self._silence.since is not None:
+            reasons.append(f"Kafka has not answered since {start.shown(self._silence.since)}")
         if self._reporter is not None:
             if self._reporter.outlet.gate.shut:
                 reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.outlet.gate.shut}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any, Final, NamedTuple, TypeVar
 
+import structlog
 from confluent_kafka import (
     Consumer,
     IsolationLevel,
@@ -21,6 +22,8 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 REQUEST_S: Final = 10.0
 AGAIN_S: Final = 0.1
@@ -46,6 +49,26 @@ class SourceError(Exception):
 
 class SourceSilent(SourceError):
     """Kafka does not answer. Whoever can wait tries again."""
+
+
+class Silence:
+    """Since when Kafka has not answered. The log tells when it begins, and when it ends."""
+
+    def __init__(self) -> None:
+        self.since: int | None = None
+        """A time of day, in milliseconds; None while Kafka answers."""
+
+    def kept(self, failed: SourceError, now: int) -> None:
+        """There was no answer."""
+        if self.since is None:
+            self.since = now
+            log.warning("kafka_silent", reason=str(failed))
+
+    def broken(self) -> None:
+        """There was one."""
+        if self.since is not None:
+            self.since = None
+            log.info("kafka_answers")
 
 
 @dataclass(frozen=True, slots=True)

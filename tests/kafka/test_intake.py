@@ -57,7 +57,7 @@ class Reader:
         written = Service(folder, topic, "http://localhost:1", **changes)
         self.config = load(written.write(), os.environ)
         self._opened = ExitStack()
-        path = service.storage_path(self.config)
+        path = Path(written.config["storage"]["path"])
         self.store = self._opened.enter_context(SqliteStore.open(path, now=self.clock.now, create=True, lock=True))
         self.source = service.kafka_source(self.config, service.group_of(self.config))
         self.described = self.source.describe()

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from consumer.runtime.restoring import backoff
+from consumer.runtime.commits import backoff
 from consumer.storage import Changes, Restored, Stage
 from tests.simulation.groups import Client, Metadata
 from tests.simulation.store import NotDoneError, UnstableError

@@ -197,7 +197,7 @@ def families(tmp_path: Path) -> list[_Family]:
                 observe=requests.observe,
             )
             intake.run(lambda: True)
-            registry.register(State(intake, reporter, clock, lambda: None))
+            registry.register(State(intake, reporter, clock, intake.silence))
             found = [
                 _Family(m.name + _SUFFIX.get(m.type, ""), m.type, _labels(m), m.documentation)
                 for m in registry.collect()
