@@ -1,4 +1,4 @@
-"""The log between the stages: what stage 1 and operators write and stage 2 reads, in exact numbers.
+"""The log between the stages: what stage 1, operators and Stripe's reports write and stage 2 reads, in exact numbers.
 
 The log is also the audit trail: every record is one JSON object and explains itself without the configuration.
 """
@@ -77,7 +77,70 @@ class Command(msgspec.Struct, frozen=True, tag_field="kind", tag="command"):
     versions wrote: it means any, and releases nothing that may be at Stripe."""
 
 
-Record = Total | Advance | Command
+class Rejection(msgspec.Struct, frozen=True, tag_field="kind", tag="rejection"):
+    """Stripe took a total's event, and rejected it later: one of its error reports names it. Lies beside its total."""
+
+    identifier: str
+    """The total's, in all generations."""
+    key: str
+    """The Idempotency-Key of the request, as the report says it."""
+    code: str
+    """Stripe's word for why."""
+    message: str
+    report: str
+    """The id of Stripe's event."""
+    at: int
+    """When we heard of it, in milliseconds since the epoch."""
+    outcome: msgspec.Raw
+    """What then became of the total: a record of the outcomes log, as stage 2 appends it."""
+
+
+class Report(msgspec.Struct, frozen=True, tag_field="kind", tag="report"):
+    """Stripe reported errors of a meter, or events that no meter takes. The totals it names are rejections."""
+
+    report: str
+    """The id of Stripe's event."""
+    at: int
+    """When we heard of it, in milliseconds since the epoch."""
+    event_name: str | None
+    """None where Stripe found no meter, and none was named."""
+    since: int
+    until: int
+    """When Stripe looked at the events in it, in seconds since the epoch."""
+    errors: dict[str, int]
+    """How many events were rejected, by code."""
+    named: int
+    """How many of those events are named and ours; Stripe names samples."""
+
+
+class Compared(msgspec.Struct, frozen=True):
+    """A meter, compared with Stripe's sums: customers' days by how they stand."""
+
+    equal: int = 0
+    open: int = 0
+    doubt: int = 0
+    differs: int = 0
+    not_asked: int = 0
+    """Customers that the budget left out."""
+    missing: str = "0"
+    """By how much less Stripe has where it has too little: exact, plain, not negative."""
+    surplus: str = "0"
+    """By how much more where it has too much."""
+
+
+class Comparison(msgspec.Struct, frozen=True, tag_field="kind", tag="comparison"):
+    """What `tallyman reconcile` found last: for metrics."""
+
+    at: int
+    """Milliseconds since the epoch."""
+    since: int
+    until: int
+    """The days that were compared, in seconds since the epoch."""
+    meters: dict[str, Compared]
+    """By Stripe event name."""
+
+
+Record = Total | Advance | Command | Rejection | Report | Comparison
 
 _COMMAND: Final = b'{"kind":"command",'
 _encoder = msgspec.json.Encoder()
