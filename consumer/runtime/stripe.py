@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import aiohttp
+import msgspec
 import stripe
 
 from consumer.aggregate.clock import Reading
@@ -43,7 +44,7 @@ class Stripe:
             stripe_version=API_VERSION,
             base_addresses={"api": api_base},
             max_network_retries=0,
-            http_client=stripe.AIOHTTPClient(timeout=TIMEOUT, session=self._session),
+            http_client=_Connections(self._session),
         )
         self.date: Reading | None = None
         """Stripe's own clock, as of its last answer."""
@@ -72,18 +73,20 @@ class Stripe:
             return _silence(failed.__cause__ or failed, written)
         except (aiohttp.ClientError, TimeoutError) as failed:
             return _silence(failed, written)
-        if getattr(event, "object", None) != "billing.meter_event":
+        livemode = getattr(event, "livemode", None)
+        if getattr(event, "object", None) != "billing.meter_event" or not isinstance(livemode, bool):
             # Somebody else answered: a proxy, a page for signing in.
             return Lost("a 200 without a Meter Event")
         headers = event.last_response.headers if event.last_response else {}
         self._note_date(headers)
-        if event.livemode != self._livemode:
+        if livemode != self._livemode:
             raise WrongMode(
                 f"stripe.livemode is {str(self._livemode).lower()}, but Stripe answered in "
-                f"{'live' if event.livemode else 'test'} mode: the key belongs to another account than was meant"
+                f"{'live' if livemode else 'test'} mode: the key belongs to another account than was meant"
             )
-        if event.identifier != attempt.identifier:
-            return Lost(f"a 200 for another event: {event.identifier}")
+        identifier = getattr(event, "identifier", None)
+        if identifier != attempt.identifier:
+            return Lost(f"a 200 for another event: {identifier}")
         return Answer(200, replayed=_is_replayed(headers))
 
     def _refusal(self, failed: stripe.StripeError) -> Answer:
@@ -107,6 +110,42 @@ class Stripe:
         except ValueError:
             return
         self.date = Reading(int(date.timestamp() * 1000), self._clock.elapsed())
+
+
+class _Connections(stripe.AIOHTTPClient):
+    """Requests as Stripe's client makes them, and no more of them: who answers with a redirect has not answered."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        super().__init__(timeout=TIMEOUT, session=session)
+        self._used = session
+
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: Any = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        async with self._used.request(
+            method, url, headers=headers, data=post_data, timeout=TIMEOUT, allow_redirects=False
+        ) as response:
+            return understood(await response.read()), response.status, response.headers
+
+
+class _Error(msgspec.Struct):
+    type: str | None = None
+    code: str | None = None
+    message: str | None = None
+
+
+class _Body(msgspec.Struct):
+    error: _Error | msgspec.UnsetType = msgspec.UNSET
+
+
+def understood(body: bytes) -> bytes:
+    """The body of an answer if it can be Stripe's, else nothing: on many a proxy's words Stripe's client fails."""
+    try:
+        body.decode()
+        msgspec.json.decode(body, type=_Body)
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+        return b""
+    return body
 
 
 class _Written:

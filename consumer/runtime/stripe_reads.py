@@ -18,7 +18,7 @@ import stripe
 
 from consumer.aggregate.clock import Reading
 from consumer.runtime.clocks import Clock
-from consumer.runtime.stripe import API_VERSION, WrongMode
+from consumer.runtime.stripe import API_VERSION, WrongMode, understood
 from consumer.totals import SCALE
 
 ATTEMPTS: Final = 5
@@ -131,7 +131,7 @@ class StripeReads:
         """``budget``: calls at most, repetitions included; None is as many as it takes. ``attempts``: of one read.
         ``pause`` waits for seconds."""
         stripe.enable_telemetry = False
-        self._connections = stripe.RequestsClient(timeout=TIMEOUT)
+        self._connections = _Connections(timeout=TIMEOUT)
         self._client = stripe.StripeClient(
             key,
             stripe_version=API_VERSION,
@@ -270,6 +270,16 @@ class StripeReads:
         self.date = Reading(int(date.timestamp() * 1000), self._clock.elapsed())
 
 
+class _Connections(stripe.RequestsClient):
+    """Requests as Stripe's client makes them, whoever answers."""
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None, **more: Any
+    ) -> tuple[Any, int, Mapping[str, str]]:
+        body, status, answered = super().request(method, url, headers, post_data, **more)
+        return understood(body), status, answered
+
+
 @contextmanager
 def reading(
     key: str, *, api_base: str, livemode: bool, clock: Clock, budget: int | None = None
@@ -297,6 +307,8 @@ def _failure(what: str, failed: stripe.StripeError, attempts: int) -> ReadFailed
     times = "once" if attempts == 1 else f"{attempts} times"
     if status is None:
         return Silent(f"Stripe does not answer ({what}, asked {times}): try again later")
+    if 200 <= status < 400:
+        return _not_stripes(what)
     if _passing(failed):
         return Silent(f"Stripe does not say ({what}, asked {times}, {status}: {said}): try again later")
     if status in {401, 403}:

@@ -17,7 +17,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from enum import StrEnum
@@ -50,6 +50,21 @@ class Fault(StrEnum):
     ACCEPT_HANG = "accept_hang"
 
 
+@dataclass(frozen=True)
+class Instead:
+    """An answer that the endpoint did not give: a proxy's, or one of Stripe's that nobody can bring about."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    accepted: bool = False
+    """What was asked for has been done all the same."""
+
+
+Wrong = Fault | Instead | None
+"""What goes wrong with one request, if anything."""
+
+
 @dataclass
 class Faults:
     """What goes wrong; may be changed at any time.
@@ -61,15 +76,15 @@ class Faults:
     """
 
     rates: dict[Fault, float] = field(default_factory=dict)
-    script: list[Fault | None] = field(default_factory=list)
-    by_identifier: dict[str, list[Fault | None]] = field(default_factory=dict)
-    reads: list[Fault | None] = field(default_factory=list)
-    plan: Callable[[int, str], Fault | None] | None = None
+    script: list[Wrong] = field(default_factory=list)
+    by_identifier: dict[str, list[Wrong]] = field(default_factory=dict)
+    reads: list[Wrong] = field(default_factory=list)
+    plan: Callable[[int, str], Wrong] | None = None
     latency: tuple[float, float] = (0.0, 0.0)
     random: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - must be reproducible
     meter_events: int = 0
 
-    def choose(self, call: Call) -> Fault | None:
+    def choose(self, call: Call) -> Wrong:
         """The fault for this request, taken from what is planned."""
         if call.path != _EVENTS:
             return self.reads.pop(0) if self.reads else None
@@ -110,8 +125,14 @@ class Faults:
             setattr(self, "random" if name == "seed" else name, value)
 
 
-def _read_script(script: list[str | None]) -> list[Fault | None]:
-    return [None if name is None else Fault(name) for name in script]
+def _read_script(script: list[str | dict[str, Any] | None]) -> list[Wrong]:
+    return [_read_wrong(each) for each in script]
+
+
+def _read_wrong(given: str | dict[str, Any] | None) -> Wrong:
+    if isinstance(given, dict):
+        return Instead(**{**given, "body": str(given.get("body", "")).encode()})
+    return None if given is None else Fault(given)
 
 
 class Clock:
@@ -236,11 +257,12 @@ class StripeStandIn:
         self.model.receive(call)
         fault = self.faults.choose(call)
         if fault is not None:
-            self.model.stats[f"fault_{fault}"] += 1
-        if fault is Fault.RATE_LIMITED:
-            return self._respond(request, self.model.refuse(rate_limited("global-rate")))
-        if fault is Fault.LOCK_TIMEOUT:
-            return self._respond(request, self.model.refuse(lock_timeout()))
+            self.model.stats[f"fault_{'instead' if isinstance(fault, Instead) else fault}"] += 1
+        if isinstance(fault, Instead):
+            return await self._answer_instead(request, call, fault)
+        if fault in (Fault.RATE_LIMITED, Fault.LOCK_TIMEOUT):
+            refused = lock_timeout() if fault is Fault.LOCK_TIMEOUT else rate_limited("global-rate")
+            return self._respond(request, self.model.refuse(refused))
         if fault is Fault.LOSE:
             _abort(request.protocol)
             return web.Response()
@@ -257,6 +279,14 @@ class StripeStandIn:
         if fault is Fault.ACCEPT_CUT:
             return await self._cut(request, answer)
         return self._respond(request, answer)
+
+    async def _answer_instead(self, request: web.BaseRequest, call: Call, instead: Instead) -> web.Response:
+        if instead.accepted and self.model.admit(call) is None:
+            try:
+                await self._execute(request, call, None)
+            finally:
+                self.model.release(call)
+        return self._respond(request, Answer(instead.status, instead.body, dict(instead.headers)))
 
     async def _execute(self, request: web.BaseRequest, call: Call, fault: Fault | None) -> Answer:
         delay = self.faults.delay()

@@ -208,11 +208,14 @@ def test_a_stripe_that_does_not_answer_is_a_warning_and_keeps_nobody_from_starti
     assert [each["event"] for each in logged] == ["meters_not_looked_at"]
 
 
-@pytest.mark.parametrize("body", [b"<html>please sign in</html>", b"{}", b"[]"])
-def test_an_answer_that_is_not_stripes_is_none(place: Place, body: bytes) -> None:
+@pytest.mark.parametrize("status", [200, 400, 502])
+@pytest.mark.parametrize(
+    "body", [b"<html>please sign in</html>", b"{}", b"[]", b'{"error": "late"}', b"gesperrt f\xfcr"]
+)
+def test_an_answer_that_is_not_stripes_is_none(place: Place, status: int, body: bytes) -> None:
     class Portal(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
 

@@ -411,6 +411,19 @@ def test_an_answer_can_be_lost_with_and_without_the_event(stripe: StripeStandIn,
     until(lambda: stripe.model.billed_by("tokens", "cus_1") == billed)
 
 
+def test_anything_can_be_answered_with_and_without_the_event(stripe: StripeStandIn) -> None:
+    page = {"status": 502, "body": "<html>", "headers": {"Content-Type": "text/html"}}
+    ask(stripe, "POST", "/_sandbox/faults", {"script": [page, {**page, "accepted": True}]})
+    connection = http.client.HTTPConnection(urlsplit(stripe.url).netloc, timeout=10)
+    for accepted in (0, 1):
+        connection.request("POST", EVENTS, urlencode(event()), {"Authorization": f"Bearer {SECRET_KEY}"})
+        response = connection.getresponse()
+        assert (response.status, response.headers["Content-Type"], response.read()) == (502, "text/html", b"<html>")
+        assert stripe.model.billed_by("tokens", "cus_1") == accepted
+    connection.close()
+    assert stripe.model.stats["fault_instead"] == 2
+
+
 def test_rates_are_reproducible_and_reads_have_a_script_of_their_own(stripe: StripeStandIn) -> None:
     def statuses() -> list[int]:
         stripe.faults.update({"seed": 7})
