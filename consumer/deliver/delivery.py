@@ -18,23 +18,32 @@ from consumer.deliver.entries import (
     Entry,
     How,
     Reason,
+    Rejected,
     State,
+    decode_outcome,
+    encode_outcome,
     identifier_of,
+    is_total,
     outcome,
     pack,
+    rejects,
     unpack,
 )
 from consumer.deliver.held import Parked, Seats
 from consumer.deliver.journal import Journal
 from consumer.deliver.ledger import PREFIX, Ledger
 from consumer.deliver.pacing import MINUTE, SECOND, Outlet, Shut, delay
+from consumer.deliver.reports import Noted, Reports
 from consumer.deliver.schedule import Live, Phase, Schedule
+from consumer.deliver.stops import Stops
 from consumer.storage import Changes
-from consumer.totals import Advance, Command, Record, Total, for_stripe, plain, scaled
+from consumer.totals import Command, Record, Rejection, Total, for_stripe, plain, scaled
 
 LOOK_UP_AGAIN: Final = 30 * SECOND
 CLOCKS_DIFFER: Final = 60 * MINUTE
 """The hour that is left of Stripe's 24 is for this too."""
+
+KEEP: Final = 90 * 24 * 60 * MINUTE
 
 _COLLISIONS: Final = frozenset({Verdict.DUPLICATE, Verdict.MISMATCH})
 _MARKED: Final = frozenset({Phase.ARMING, Phase.READY, Phase.SENT})
@@ -80,9 +89,29 @@ class Delivery:
     behind the one that had something: otherwise the first takes all that the rate allows.
     """
 
-    def __init__(self, *, customers: Customers, in_flight: int, parked_limit: int, outlet: Outlet) -> None:
-        """Bounds in totals, of this delivery alone. ``restore`` comes first, and once; ``drop`` last."""
+    def __init__(
+        self,
+        *,
+        customers: Customers,
+        in_flight: int,
+        parked_limit: int,
+        outlet: Outlet,
+        keep: int = KEEP,
+        shadow: bool = False,
+    ) -> None:
+        """``restore`` comes first, and once; ``drop`` last.
+
+        Args:
+            customers: who they are at Stripe.
+            in_flight: how many totals may be in flight in this delivery.
+            parked_limit: how many may be parked.
+            outlet: what all deliveries of the process share.
+            keep: for how many milliseconds outcomes are kept.
+            shadow: send nothing, and finish what would be sent.
+        """
         self.ledger = Ledger()
+        self.reports = Reports(keep)
+        self.stops = Stops()
         self.alarms: dict[Reason, int] = {}
         """How many totals are parked, by reason, as of the last commit."""
         self.notes: deque[Note] = deque(maxlen=100)
@@ -95,12 +124,11 @@ class Delivery:
         self._outlet = outlet
         self._schedule = Schedule(outlet)
         self._dropped = False
+        self._shadow = shadow
         self._live: dict[str, Live] = {}
         self._attempts: dict[str, Attempt] = {}
         self._futile: set[str] = set()
         """Totals that were refused while the stage is paused for refusals."""
-        self._stopped: dict[str, str] = {}
-        """What Stripe said of event names whose meter it refused."""
         self._journal: Journal[Live] = Journal(_pack)
         self._committing: dict[Reason, int] | None = None
         self._ours = True
@@ -161,6 +189,18 @@ class Delivery:
         """Since when the oldest total in flight has been due; None where there is none."""
         return min((live.entry.total.due for live in list(self._live.values())), default=None)
 
+    def oldest_pending(self) -> dict[str, int]:
+        """The earliest timestamp, in seconds, of what is in flight or set aside, by meter."""
+        found = self._seats.oldest.by_group()
+        for live in list(self._live.values()):
+            total = live.entry.total
+            found[total.meter] = min(total.timestamp, found.get(total.meter, total.timestamp))
+        return found
+
+    def oldest_parked(self) -> dict[tuple[str, Reason], int]:
+        """The earliest timestamp, in seconds, of what is parked, by meter and reason."""
+        return self._parked.oldest.by_group()
+
     def parked(self) -> Iterator[Entry]:
         """The parked totals, in the order in which they were."""
         return iter(self._parked)
@@ -172,8 +212,12 @@ class Delivery:
         for key, value in entries:
             if key.startswith(PREFIX):
                 self.ledger.load(key, value)
-            else:
+            elif is_total(key):
                 self._take_back(unpack(value), now)
+            else:
+                self.reports.load(key, value)
+        for event_name in self._parked.stopped():
+            self.stops.stop(event_name, "Stripe had no active meter for it", now)
         self._journal.forget()
         self._journal.offset = offset
         self._ours = not any(live.tried for live in self._live.values())
@@ -201,6 +245,8 @@ class Delivery:
             self._journal.put(live.entry.total.identifier, live)
         if not self._ours:
             self._journal.move(self._journal.offset)
+        for key in self.reports.expired(now):
+            self._journal.remove(key)
         changes = self._journal.take()
         if changes is not None:
             changes.puts.update(self.ledger.changes())
@@ -240,8 +286,12 @@ class Delivery:
         self._journal.move(offset + 1)
         if isinstance(record, Total):
             self._begin(record, now)
-        elif not isinstance(record, Advance):
+        elif isinstance(record, Command):
             self.obey(record, now)
+        elif isinstance(record, Rejection):
+            self._reject(record, now)
+        elif isinstance(record, Noted):
+            self._keep(record)
 
     def _begin(self, total: Total, now: int) -> None:
         identifier = total.identifier
@@ -255,6 +305,30 @@ class Delivery:
         else:
             self._finish(Entry(total), "zero", now)
 
+    def _reject(self, rejection: Rejection, now: int) -> None:
+        """Stripe took an event of a total, and rejected it later: what was delivered is refused now."""
+        identifier = rejection.identifier
+        live = self._live.get(identifier)
+        entry = live.entry if live else self._parked.get(identifier)
+        if entry is not None:
+            told = Rejected(rejection.key, f"{rejection.code}: {rejection.message}", rejection.at)
+            if all(each.key != told.key for each in entry.rejected):
+                entry.rejected = [*entry.rejected, told]
+                self._journal.put(identifier, live or self._parked.replace(entry))
+        elif identifier in self._seats:
+            self._note(now, identifier, f"the report {rejection.report} of Stripe names it, and it has not been sent")
+        elif self._keep(rejection):
+            refused = decode_outcome(bytes(rejection.outcome))
+            self.ledger.reject(refused)
+            self._journal.append(refused)
+
+    def _keep(self, noted: Noted) -> bool:
+        """Whether it was not known yet."""
+        entry = self.reports.note(noted)
+        if entry is not None:
+            self._journal.put(*entry)
+        return entry is not None
+
     def obey(self, command: Command, now: int) -> None:
         """Do what an operator decided about a parked total; to do it twice is to do it once."""
         identifier = command.identifier
@@ -266,7 +340,7 @@ class Delivery:
             self._finish(self._unpark(identifier, command), "discarded", now, command=command)
         else:
             released = self._unpark(identifier, command)
-            self._stopped.pop(released.total.stripe.event_name, None)
+            self.stops.cured(released.total.stripe.event_name)
             released.renew()
             self._place(released, now)
         self._fill(now)
@@ -303,6 +377,7 @@ class Delivery:
         """An attempt to write to Stripe now; None where there is nothing to send now."""
         if not self._ours:
             return None
+        self._probe_meters(now)
         for live in (woken := self._schedule.woken(now)):
             self._look(live, now)
         if woken:
@@ -319,7 +394,10 @@ class Delivery:
 
     def wake(self, now: int) -> int | None:
         """When ``next`` may have something that it has not now, as far as time alone decides."""
-        return self._schedule.wake(now) if self._ours and not self._dropped else None
+        if not self._ours or self._dropped:
+            return None
+        times = [at for at in (self._schedule.wake(now), self.stops.wake()) if at is not None]
+        return max(now, min(times)) if times else None
 
     def may_send(self, attempt: Attempt, now: int) -> bool:
         """Whether the attempt may be written at this moment; False ends it, and no answer to it is expected."""
@@ -333,8 +411,10 @@ class Delivery:
         return False
 
     def _may_go(self, live: Live, now: int) -> bool:
-        marked = live.entry.first_unproven
-        stopped = live.entry.total.stripe.event_name in self._stopped
+        if self._shadow:
+            return False
+        marked, total = live.entry.first_unproven, live.entry.total
+        stopped = not self.stops.may_try(total.stripe.event_name, total.identifier)
         # A mark that lies in the future was made by a clock that has been set back: nobody knows how old it is.
         young = marked is not None and -CLOCKS_DIFFER <= now - marked < SAME_IDENTIFIER_FOR
         return young and (live.tried or not stopped)
@@ -369,9 +449,9 @@ class Delivery:
             self._unseat(live)
             self._park(live.entry, Reason.COLLISION, now, heard.message)
         elif verdict is Verdict.DELIVERED or verdict is Verdict.DUPLICATE:
-            self._stopped.pop(attempt.event_name, None)
             self._unseat(live)
             self._finish(live.entry, "delivered" if verdict is Verdict.DELIVERED else "duplicate", now, attempt=attempt)
+            self._go_on(attempt.event_name, now)
         elif verdict is Verdict.UNPROVEN:
             live.tried = True
             self._rest(live, now + delay(attempt.identifier, live.entry.attempts))
@@ -385,7 +465,7 @@ class Delivery:
         if not live.tried:
             entry.first_unproven = None
         if verdict is Verdict.METER_REFUSED:
-            self._stopped[entry.total.stripe.event_name] = message or ""
+            self.stops.refused(entry.total.stripe.event_name, entry.total.identifier, message or "", now)
             self._unseat(live)
             self._park(entry, Reason.METER, now, message)
         elif verdict is Verdict.REFUSED and self.shut is not Shut.REFUSALS:
@@ -395,6 +475,37 @@ class Delivery:
             if verdict is Verdict.REFUSED:
                 self._futile.add(entry.total.identifier)
             self._rest(live, now + delay(entry.total.identifier, entry.attempts))
+
+    # Event names whose meter Stripe refuses
+
+    def _probe_meters(self, now: int) -> None:
+        if self._shadow:
+            return
+        for event_name in self.stops.due(now, lambda identifier: identifier in self._live or identifier in self._seats):
+            identifier = next(iter(self._parked.of_meter(event_name)), None)
+            if identifier is None:
+                self.stops.cured(event_name)  # all were discarded: the next total finds out
+            else:
+                self.stops.probe(event_name, identifier)
+                self._resume(identifier, now)
+
+    def _go_on(self, event_name: str, now: int) -> None:
+        """The meter takes events: so it will take those that wait for it."""
+        self.stops.cured(event_name)
+        for identifier in list(self._parked.of_meter(event_name)):
+            self._resume(identifier, now)
+
+    def _resume(self, identifier: str, now: int) -> None:
+        entry = self._unpark(identifier)
+        if entry.first_unproven is None:
+            self._place(entry, now)
+        elif -CLOCKS_DIFFER <= now - entry.first_unproven < SAME_IDENTIFIER_FOR:
+            live = self._seat(entry)
+            live.tried = True
+            self._schedule.ready(live)
+            self._journal.put(identifier, live)
+        else:
+            self._park(entry, Reason.IN_DOUBT, now)
 
     # From one place to another
 
@@ -411,10 +522,13 @@ class Delivery:
         except LookupFailedError:
             known = False
         customer = entry.customer or total.customer
+        event_name = total.stripe.event_name
         if known and entry.customer is None:
             self._finish(entry, "unbilled", now)
-        elif total.stripe.event_name in self._stopped:
-            self._park(entry, Reason.METER, now, self._stopped[total.stripe.event_name])
+        elif known and self._shadow:
+            self._finish(entry, "shadowed", now)
+        elif not self.stops.may_try(event_name, total.identifier):
+            self._park(entry, Reason.METER, now, self.stops.message(event_name))
         elif not self._seats.free(customer):
             entry.state = State.ASIDE
             self._journal.put(total.identifier, self._seats.set_aside(customer, entry))
@@ -468,8 +582,17 @@ class Delivery:
     def _finish(
         self, entry: Entry, how: How, now: int, *, attempt: Attempt | None = None, command: Command | None = None
     ) -> None:
+        key = attempt.key if attempt else None
+        rejected = next((each for each in entry.rejected if rejects(how, key, entry.identifier, each.key)), None)
+        if rejected is not None:
+            how = "refused"
         self.ledger.finish(entry.total, how)
-        self._journal.finish(outcome(entry, how, now, key=attempt.key if attempt else None, command=command))
+        finished = outcome(entry, how, now, key=key, command=command, reason=rejected.why if rejected else None)
+        self._journal.finish(finished)
+        if rejected is not None:
+            # So that one more report of it moves nothing.
+            raw = msgspec.Raw(encode_outcome(finished))
+            self._keep(Rejection(finished.identifier, rejected.key, "", rejected.why, "", rejected.at, raw))
 
     def _note(self, now: int, identifier: str, text: str) -> None:
         self.notes.append(Note(now, identifier, text))

@@ -1,5 +1,6 @@
 """What stage 2 keeps and leaves behind: the entry of a total that is not finished, and the outcome of one that is."""
 
+import re
 from enum import StrEnum
 from typing import Final, Literal
 
@@ -52,6 +53,20 @@ def identifier_of(identifier: str, generation: int) -> str:
     return identifier if generation == 1 else f"{identifier}-g{generation}"
 
 
+_KEY: Final = re.compile(r"(tm[0-9]+-.+?)(?:-g[0-9]+)?(?::[0-9]+)?")
+
+
+def total_of(key: str) -> str | None:
+    """The identifier of the total that was sent under this Idempotency-Key; None where it is none of ours."""
+    found = _KEY.fullmatch(key)
+    return found[1] if found else None
+
+
+def is_total(key: bytes) -> bool:
+    """Whether an entry of stage 2 is a total's: the keys of all others have a slash, which no identifier has."""
+    return b"/" not in key
+
+
 class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a person decided about a parked total, and what was known of it then. Times are milliseconds."""
 
@@ -78,6 +93,17 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
         return None if self.first_unproven is None else self.parked_at or self.first_unproven + SAME_IDENTIFIER_FOR
 
 
+class Rejected(msgspec.Struct, frozen=True):
+    """Stripe took an event of an unfinished total, and rejected it later."""
+
+    key: str
+    """The Idempotency-Key of that attempt."""
+    why: str
+    """What Stripe said: its code and its message."""
+    at: int
+    """When we heard of it."""
+
+
 class Entry(msgspec.Struct, array_like=True):
     """A total that is not finished. Times are milliseconds since the epoch."""
 
@@ -101,6 +127,8 @@ class Entry(msgspec.Struct, array_like=True):
     parked_at: int = 0
     """When it was parked last."""
     decisions: list[Decision] = []
+    rejected: list[Rejected] = []
+    """What Stripe has rejected of it so far."""
 
     @property
     def identifier(self) -> str:
@@ -161,7 +189,7 @@ def unpack(value: bytes) -> Entry:
         raise EntryError(f"a delivery entry cannot be read: {error}") from error
 
 
-How = Literal["delivered", "duplicate", "unbilled", "zero", "discarded", "refused"]
+How = Literal["delivered", "duplicate", "unbilled", "zero", "discarded", "refused", "shadowed"]
 
 BILLED: Final[frozenset[How]] = frozenset({"delivered", "duplicate"})
 
@@ -208,8 +236,16 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """What people decided, from the first one on."""
 
 
-def outcome(entry: Entry, how: How, at: int, *, key: str | None = None, command: Command | None = None) -> Outcome:
-    """What became of a total: the attempt with this key ended it, or this command did."""
+def outcome(
+    entry: Entry,
+    how: How,
+    at: int,
+    *,
+    key: str | None = None,
+    command: Command | None = None,
+    reason: str | None = None,
+) -> Outcome:
+    """What became of a total: the attempt with this key ended it, or this command, or what Stripe reported of it."""
     total = entry.total
     value = scaled(total.value)
     billed = for_stripe(value) if how in BILLED else 0
@@ -236,11 +272,33 @@ def outcome(entry: Entry, how: How, at: int, *, key: str | None = None, command:
         key=key,
         first_unproven=entry.first_unproven,
         by=command.by if command else None,
-        reason=command.reason if command else None,
+        reason=command.reason if command else reason,
         generation=entry.generation,
         billed_as=entry.identifier if how in BILLED and entry.generation > 1 else None,
         decisions=tuple(entry.decisions),
     )
+
+
+def rejects(how: How, key: str | None, billed_as: str, rejected: str) -> bool:
+    """Whether the event that Stripe rejected is the one by which a total is billed.
+
+    A total is billed by the event of its last attempt; where that one heard "already exists", by an earlier one under
+    the same identifier, and nobody knows which.
+
+    Args:
+        how: how the total was finished.
+        key: the Idempotency-Key of its last attempt.
+        billed_as: the identifier that Stripe was told.
+        rejected: the Idempotency-Key that Stripe names.
+    """
+    if how == "delivered":
+        return rejected == key
+    return how == "duplicate" and rejected.partition(":")[0] == billed_as
+
+
+def refused(outcome: Outcome, why: str, at: int) -> Outcome:
+    """What becomes of a total that was billed, when Stripe rejects its event."""
+    return msgspec.structs.replace(outcome, how="refused", at=at, billed="0", rounded="0", reason=why)
 
 
 _outcome_encoder = msgspec.json.Encoder()

@@ -3,10 +3,42 @@
 There may be 100,000 of them, so they are kept as they are stored.
 """
 
+import heapq
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
 
 from consumer.deliver.entries import Entry, Reason, pack, unpack
+
+G = TypeVar("G")
+
+
+class Oldest(Generic[G]):
+    """The earliest timestamp in each group of totals, while totals come and go; another thread may look."""
+
+    def __init__(self) -> None:
+        self._group: dict[str, G] = {}
+        self._heaps: dict[G, list[tuple[int, str]]] = {}
+
+    def add(self, identifier: str, group: G, timestamp: int) -> None:
+        """One more total."""
+        self._group[identifier] = group
+        heapq.heappush(self._heaps.setdefault(group, []), (timestamp, identifier))
+
+    def remove(self, identifier: str) -> None:
+        """One less."""
+        group = self._group.pop(identifier)
+        heap = self._heaps[group]
+        while heap and self._group.get(heap[0][1]) != group:
+            heapq.heappop(heap)
+        if not heap:
+            del self._heaps[group]
+
+    def by_group(self) -> dict[G, int]:
+        """The earliest timestamp of each group, in seconds since the epoch."""
+        # A slice, for the owner may have just taken the last one away.
+        heads = [(group, heap[:1]) for group, heap in list(self._heaps.items())]
+        return {group: head[0][0] for group, head in heads if head}
 
 
 class Seats:
@@ -22,6 +54,8 @@ class Seats:
         self._aside: dict[str, bytes] = {}
         self._queues: dict[str, deque[str]] = {}
         self._turns: dict[str, None] = {}
+        self.oldest: Oldest[str] = Oldest()
+        """Of those set aside, by meter."""
 
     @property
     def left(self) -> int:
@@ -59,6 +93,7 @@ class Seats:
         """Keep it until ``call`` gives it back; returns it packed."""
         identifier = entry.total.identifier
         packed = self._aside[identifier] = pack(entry)
+        self.oldest.add(identifier, entry.total.meter, entry.total.timestamp)
         self._queues.setdefault(customer, deque()).append(identifier)
         if self._taken[customer] < self.share:
             self._turns[customer] = None
@@ -77,6 +112,7 @@ class Seats:
                 self._turns[customer] = None
             else:
                 del self._queues[customer]
+            self.oldest.remove(identifier)
             return unpack(self._aside.pop(identifier))
         return None
 
@@ -88,6 +124,9 @@ class Parked:
         self.reasons: Counter[Reason] = Counter()
         self._packed: dict[str, bytes] = {}
         self._unmapped: dict[str, dict[str, None]] = {}
+        self._stopped: dict[str, dict[str, None]] = {}
+        self.oldest: Oldest[tuple[str, Reason]] = Oldest()
+        """By meter, and why they are parked."""
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -110,23 +149,46 @@ class Parked:
             raise ValueError(f"{total.identifier} cannot be parked without a reason")
         packed = self._packed[total.identifier] = pack(entry)
         self.reasons[reason] += 1
+        self.oldest.add(total.identifier, (total.meter, reason), total.timestamp)
         if reason is Reason.UNMAPPED:
             self._unmapped.setdefault(total.customer, {})[total.identifier] = None
+        elif reason is Reason.METER:
+            self._stopped.setdefault(total.stripe.event_name, {})[total.identifier] = None
+        return packed
+
+    def replace(self, entry: Entry) -> bytes:
+        """More is known of it; it stays parked, and for the same reason. Returns it packed."""
+        packed = self._packed[entry.total.identifier] = pack(entry)
         return packed
 
     def pop(self, identifier: str) -> tuple[Entry, Reason]:
         """The entry, not parked any more, and why it was."""
         entry = unpack(self._packed.pop(identifier))
-        reason, customer = entry.reason, entry.total.customer
+        reason = entry.reason
         if reason is None:
             raise ValueError(f"{identifier} was parked without a reason")
         self.reasons[reason] -= 1
+        self.oldest.remove(identifier)
         if reason is Reason.UNMAPPED:
-            del self._unmapped[customer][identifier]
-            if not self._unmapped[customer]:
-                del self._unmapped[customer]
+            _leave(self._unmapped, entry.total.customer, identifier)
+        elif reason is Reason.METER:
+            _leave(self._stopped, entry.total.stripe.event_name, identifier)
         return entry, reason
 
     def unmapped(self) -> dict[str, list[str]]:
         """The customers that are waited for, and their totals."""
         return {customer: list(identifiers) for customer, identifiers in self._unmapped.items()}
+
+    def stopped(self) -> list[str]:
+        """The event names whose meter is waited for."""
+        return list(self._stopped)
+
+    def of_meter(self, event_name: str) -> Iterable[str]:
+        """The totals that wait for this event name's meter, in the order in which they were parked."""
+        return self._stopped.get(event_name, {}).keys()
+
+
+def _leave(groups: dict[str, dict[str, None]], group: str, identifier: str) -> None:
+    del groups[group][identifier]
+    if not groups[group]:
+        del groups[group]

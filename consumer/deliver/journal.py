@@ -40,14 +40,22 @@ class Journal(Generic[T]):
         self._puts[identifier] = entry
         self._deletes.pop(identifier, None)
 
-    def finish(self, outcome: Outcome) -> None:
-        """The total has come to its end."""
-        identifier = outcome.identifier
+    def remove(self, identifier: str) -> None:
+        """The entry is not needed any more."""
         self._puts.pop(identifier, None)
         if identifier in self._new:
             self._new.discard(identifier)
         else:
             self._deletes[identifier] = None
+
+    def finish(self, outcome: Outcome) -> None:
+        """The total has come to its end."""
+        self.remove(outcome.identifier)
+        self.append(outcome)
+
+    def append(self, outcome: Outcome) -> None:
+        """More has become of a total that is finished."""
+        identifier = outcome.identifier
         self._appends.append(Append(Log.OUTCOMES, identifier.encode(), encode_outcome(outcome)))
 
     def take(self) -> Changes | None:

@@ -5,13 +5,13 @@ from typing import Final
 
 import msgspec
 
-from consumer.deliver.entries import BILLED, Entry, EntryError, How, Reason
+from consumer.deliver.entries import BILLED, Entry, EntryError, How, Outcome, Reason
 from consumer.totals import Total, for_stripe, plain, scaled
 
 PREFIX: Final = b"ledger/"
 """Of the keys of the ledger's entries; what follows is the meter. Identifiers never begin so."""
 
-FLOWS: Final = ("read", "delivered", "unbilled", "zero", "refused", "discarded", "rounded")
+FLOWS: Final = ("read", "delivered", "unbilled", "zero", "refused", "discarded", "shadowed", "rounded")
 
 
 class Column:
@@ -53,6 +53,8 @@ class Book:
         self.zero = Column()
         self.refused = Column()
         self.discarded = Column()
+        self.shadowed = Column()
+        """Not sent, because somebody else bills it."""
         self.rounded = Column()
         self.pending = Column()
         """Set aside, sending or to be retried."""
@@ -61,14 +63,14 @@ class Book:
     @property
     def missing(self) -> int:
         """The exact value that was read and is nowhere: 0, or money is lost (negative: doubled)."""
-        out = (self.delivered, self.unbilled, self.refused, self.discarded, self.rounded, self.pending)
-        return self.read.value - sum(column.value for column in (*out, *self.parked.values()))
+        out = (self.delivered, self.unbilled, self.refused, self.discarded, self.shadowed, self.rounded)
+        return self.read.value - sum(column.value for column in (*out, self.pending, *self.parked.values()))
 
     @property
     def astray(self) -> int:
         """The number of totals that were read and are nowhere, like ``missing``."""
-        out = (self.delivered, self.unbilled, self.zero, self.refused, self.discarded, self.pending)
-        return self.read.totals - sum(column.totals for column in (*out, *self.parked.values()))
+        out = (self.delivered, self.unbilled, self.zero, self.refused, self.discarded, self.shadowed)
+        return self.read.totals - sum(column.totals for column in (*out, self.pending, *self.parked.values()))
 
 
 class _Stored(msgspec.Struct):
@@ -92,32 +94,32 @@ class Ledger:
         """It came out of the log, and is pending."""
         self._changed.add(total.meter)
         value = scaled(total.value)
-        self._book(total).read.add(total.events, value)
-        self._book(total).pending.add(total.events, value)
+        self._book(total.meter).read.add(total.events, value)
+        self._book(total.meter).pending.add(total.events, value)
 
     def restored(self, entry: Entry) -> None:
         """It is here."""
-        total, book = entry.total, self._book(entry.total)
+        total, book = entry.total, self._book(entry.total.meter)
         column = book.parked[entry.reason] if entry.reason else book.pending
         column.add(total.events, scaled(total.value))
 
     def park(self, total: Total, reason: Reason) -> None:
         """From pending to parked."""
         value = scaled(total.value)
-        self._book(total).pending.take(total.events, value)
-        self._book(total).parked[reason].add(total.events, value)
+        self._book(total.meter).pending.take(total.events, value)
+        self._book(total.meter).parked[reason].add(total.events, value)
 
     def unpark(self, total: Total, reason: Reason) -> None:
         """Back to pending."""
         value = scaled(total.value)
-        self._book(total).parked[reason].take(total.events, value)
-        self._book(total).pending.add(total.events, value)
+        self._book(total.meter).parked[reason].take(total.events, value)
+        self._book(total.meter).pending.add(total.events, value)
 
     def finish(self, total: Total, how: How) -> None:
         """From pending to where it ends."""
         self._changed.add(total.meter)
         value = scaled(total.value)
-        book = self._book(total)
+        book = self._book(total.meter)
         book.pending.take(total.events, value)
         if how in BILLED:
             billed = for_stripe(value)
@@ -128,10 +130,21 @@ class Ledger:
             column: Column = getattr(book, how)
             column.add(total.events, value)
 
-    def _book(self, total: Total) -> Book:
-        book = self.books.get(total.meter)
+    def reject(self, refused: Outcome) -> None:
+        """From delivered to refused: Stripe took it, and rejected it later. What was rounded off goes with it."""
+        self._changed.add(refused.meter)
+        value = scaled(refused.value)
+        billed = for_stripe(value)
+        book = self._book(refused.meter)
+        book.delivered.take(refused.events, billed)
+        if billed != value:
+            book.rounded.take(refused.events, value - billed)
+        book.refused.add(refused.events, value)
+
+    def _book(self, meter: str) -> Book:
+        book = self.books.get(meter)
         if book is None:
-            book = self.books[total.meter] = Book()
+            book = self.books[meter] = Book()
         return book
 
     def load(self, key: bytes, value: bytes) -> None:

@@ -21,8 +21,8 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from consumer import totals
-from consumer.deliver.entries import BILLED, Entry, Outcome, Reason, State, decode_outcome, unpack
-from consumer.deliver.ledger import PREFIX
+from consumer.deliver.entries import BILLED, Entry, Outcome, Reason, State, decode_outcome, is_total, unpack
+from consumer.deliver.reports import REJECTED
 from consumer.storage import Append, Archive, Log, Restored, Stage
 from consumer.totals import Command, Total
 
@@ -42,6 +42,8 @@ class Standing(StrEnum):
     DISCARDED = "discarded"
     REFUSED = "refused"
     """By Stripe, after it was delivered."""
+    SHADOWED = "shadowed"
+    """Not sent, because somebody else bills it."""
 
 
 UNFINISHED: Final = frozenset({Standing.PENDING, Standing.PARKED})
@@ -116,11 +118,15 @@ def everything(
     ``since``: only outcomes from these places on.
     """
     settled = store.settled(Log.OUTCOMES)
-    starts, entries = _state(store)
+    starts, entries, rejected = _state(store)
     ends, below = store.ends(Log.OUTCOMES), store.ends(Log.TOTALS)
     late = {each.identifier: each for each in _outcomes(store, settled, ends)}
     if finished:
-        yield from _outcomes(store, since or {}, ends if since else settled)
+        for outcome in _outcomes(store, since or {}, ends if since else settled):
+            # What was delivered, and was rejected later, has two outcomes: the last one counts.
+            superseded = outcome.how in BILLED and outcome.identifier in rejected
+            if not superseded and (since or outcome.identifier not in late):
+                yield outcome
         if not since:
             yield from late.values()
     if not unfinished:
@@ -139,17 +145,22 @@ def unread(store: Archive) -> dict[int, int]:
     return _state(store)[0]
 
 
-def _state(store: Archive) -> tuple[dict[int, int], list[bytes]]:
-    """From where on each partition of the totals log is unread, and the entries. These are taken at once: the store
-    must not be kept waiting by a pager."""
+def _state(store: Archive) -> tuple[dict[int, int], list[bytes], set[str]]:
+    """From where on each partition of the totals log is unread, the entries of totals, and which totals Stripe has
+    rejected since they were delivered. All is taken at once: the store must not be kept waiting by a pager."""
     starts: dict[int, int] = {}
     entries: list[bytes] = []
+    rejected: set[str] = set()
     for partition in store.ends(Log.TOTALS):
         restored = store.restore(Stage.DELIVER, partition)
         if restored is not None:
             starts[partition] = restored.offset
-            entries += (value for key, value in restored.entries if not key.startswith(PREFIX))
-    return starts, entries
+            for key, value in restored.entries:
+                if is_total(key):
+                    entries.append(value)
+                elif key.startswith(REJECTED):
+                    rejected.add(key.removeprefix(REJECTED).decode())
+    return starts, entries, rejected
 
 
 def _outcomes(store: Archive, starts: Mapping[int, int], ends: Mapping[int, int]) -> Iterator[Outcome]:
@@ -158,7 +169,7 @@ def _outcomes(store: Archive, starts: Mapping[int, int], ends: Mapping[int, int]
 
 def _unfinished(restored: Restored | None) -> Iterator[Entry]:
     for key, value in restored.entries if restored else ():
-        if not key.startswith(PREFIX):
+        if is_total(key):
             yield unpack(value)
 
 

@@ -9,8 +9,8 @@ from consumer import totals
 from consumer.aggregate.aggregator import Aggregator, UnbalancedError, UnknownEntryError
 from consumer.aggregate.meters import WINDOW_MS
 from consumer.config import Config, SqliteStorage
-from consumer.deliver.entries import EntryError, State, unpack
-from consumer.deliver.ledger import PREFIX, Column
+from consumer.deliver.entries import EntryError, State, is_total, unpack
+from consumer.deliver.ledger import Column
 from consumer.runtime import embedded, processors, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.source import Source, Topic
@@ -153,7 +153,7 @@ def _unfinished(store: Archive, meters: dict[str, GivenUp]) -> dict[int, int]:
                 f"totals were lost: partition {partition} was read up to {unread[partition]}, and ends at {end}"
             )
         for key, packed in restored.entries if restored else ():
-            if not key.startswith(PREFIX):
+            if is_total(key):
                 entry = unpack(packed)
                 of = meters.setdefault(entry.total.meter, GivenUp())
                 column = of.parked if entry.state is State.PARKED else of.pending

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from consumer.deliver.entries import Reason, State, unpack
-from consumer.deliver.ledger import PREFIX
+from consumer.deliver.entries import Reason, State, is_total, unpack
 from consumer.storage import Stage
 from consumer.totals import Command
 from tests.simulation.stripe import Mood
@@ -377,7 +376,7 @@ def parked(world: World) -> dict[str, Reason | None]:
     for (stage, _), state in world.store.states.items():
         if stage is Stage.DELIVER:
             for key, value in state.entries.items():
-                if not key.startswith(PREFIX):
+                if is_total(key):
                     entry = unpack(value)
                     world.claim(entry.state is State.PARKED, "%s is left %s", key, entry.state)
                     world.claim(entry.first_unproven is not None, "%s is parked for no reason", key)

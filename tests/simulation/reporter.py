@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from consumer.deliver.answers import Heard
 from consumer.deliver.delivery import Attempt, Delivery
-from consumer.deliver.entries import State, unpack
-from consumer.deliver.ledger import PREFIX
+from consumer.deliver.entries import State, is_total, unpack
 from consumer.deliver.pacing import Outlet
 from consumer.runtime.reporter import LAST_ANSWERS_S
 from consumer.storage import Changes, Restored, Stage
@@ -89,7 +88,7 @@ class Reporter(Shell):
         offset, entries = restored or (0, iter(()))
         found = list(entries)
         for key, value in found:
-            if not key.startswith(PREFIX) and unpack(value).state is State.SENDING:
+            if is_total(key) and unpack(value).state is State.SENDING:
                 self.world.perhaps_tried.add(key.decode())
         delivery.restore(offset, found, self.worker.now())
         self.deliveries[partition] = delivery

@@ -7,8 +7,7 @@ from typing import Literal
 from consumer.deliver.answers import Answer, Heard
 from consumer.deliver.customers import LookupFailedError, UnmappedError
 from consumer.deliver.delivery import Attempt, Delivery
-from consumer.deliver.entries import Entry, Outcome, decode_outcome, unpack
-from consumer.deliver.ledger import PREFIX
+from consumer.deliver.entries import Entry, Outcome, decode_outcome, is_total, unpack
 from consumer.deliver.pacing import Outlet
 from consumer.storage import Log
 from consumer.totals import Advance, Command, Destination, Record, Total
@@ -84,12 +83,14 @@ class World:
         parked_limit: int = 1000,
         max_rate: float = 1000,
         outlet: Outlet | None = None,
+        shadow: bool = False,
     ) -> None:
         """With an outlet, it is another delivery of the process that has the outlet already."""
         self.now = 1_780_000_000_000
         self.names = Names(names if names is not None else {"alice": "cus_alice", "bob": "cus_bob"})
         self.bounds = (in_flight, parked_limit)
         self.outlet = outlet or Outlet(max_rate)
+        self.shadow = shadow
         self.log: list[Record] = []
         self.offset = 0
         self.durable: dict[bytes, bytes] = {}
@@ -106,7 +107,7 @@ class World:
         """Restore what is durable, through the outlet that is there."""
         in_flight, parked_limit = self.bounds
         self.delivery = Delivery(
-            customers=self.names, in_flight=in_flight, parked_limit=parked_limit, outlet=self.outlet
+            customers=self.names, in_flight=in_flight, parked_limit=parked_limit, outlet=self.outlet, shadow=self.shadow
         )
         self.delivery.restore(self.offset, list(self.durable.items()), self.now)
         self.position = self.offset
@@ -175,7 +176,7 @@ class World:
     @property
     def entries(self) -> dict[str, Entry]:
         """All durable entries of totals."""
-        return {key.decode(): unpack(value) for key, value in self.durable.items() if not key.startswith(PREFIX)}
+        return {key.decode(): unpack(value) for key, value in self.durable.items() if is_total(key)}
 
     def send(self) -> Attempt | None:
         """The next attempt, which must be marked durably already."""

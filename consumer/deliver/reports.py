@@ -1,0 +1,81 @@
+"""What Stripe reports of events that it took and rejected later, and what the last comparison with its sums found."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from consumer.deliver.entries import HOUR, EntryError
+from consumer.totals import Comparison, Rejection, Report, decode, encode
+
+REJECTED: Final = b"rejected/"
+"""Of the keys of entries; what follows is the identifier of a total that was billed, and is refused since."""
+
+_LOOK_EVERY: Final = HOUR
+_REPORT: Final = "report/"
+_COMPARISON: Final = "comparison/"
+
+Noted = Rejection | Report | Comparison
+
+
+class Reports:
+    """What was read of them in this partition of the totals log, each once and for as long as outcomes are kept."""
+
+    def __init__(self, keep: int) -> None:
+        """``keep``: for how many milliseconds."""
+        self._keep = keep
+        self._kept: dict[str, Noted] = {}
+        self._looked_at = 0
+        self.errors: Counter[str] = Counter()
+        """Events that were reported in this life, by Stripe's code."""
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The last one."""
+        found = self._kept.get(_COMPARISON)
+        return found if isinstance(found, Comparison) else None
+
+    def load(self, key: bytes, value: bytes) -> None:
+        """Take over a restored entry; raises ``EntryError``."""
+        try:
+            noted = decode(value)
+        except msgspec.DecodeError as error:
+            raise EntryError(f"{key!r} cannot be read: {error}") from error
+        if not isinstance(noted, Noted) or _key(noted) != key.decode():
+            raise EntryError(f"{key!r} is not what it is called: use the newer tallyman")
+        self._kept[_key(noted)] = noted
+
+    def note(self, noted: Noted) -> tuple[str, bytes] | None:
+        """Keep it; returns its entry, or None where it is known already."""
+        key = _key(noted)
+        before = self._kept.get(key)
+        if before is not None and not (isinstance(before, Comparison) and before.at < noted.at):
+            return None
+        self._kept[key] = noted
+        if isinstance(noted, Report):
+            self.errors.update(noted.errors)
+        return key, encode(noted)
+
+    def expired(self, now: int) -> Iterator[str]:
+        """The entries that are not needed any more."""
+        if 0 <= now - self._looked_at < _LOOK_EVERY:
+            return
+        self._looked_at = now
+        old = [key for key, noted in self._kept.items() if key != _COMPARISON and noted.at < now - self._keep]
+        for key in old:
+            del self._kept[key]
+            yield key
+
+
+def reported(entries: dict[bytes, bytes]) -> list[Report]:
+    """The reports among the entries of stage 2."""
+    prefix = _REPORT.encode()
+    found = (decode(value) for key, value in entries.items() if key.startswith(prefix))
+    return [each for each in found if isinstance(each, Report)]
+
+
+def _key(noted: Noted) -> str:
+    if isinstance(noted, Rejection):
+        return REJECTED.decode() + noted.identifier
+    return _REPORT + noted.report if isinstance(noted, Report) else _COMPARISON

@@ -1,0 +1,240 @@
+"""What Stripe rejects after it took it: delivered is then refused, once, whatever is reported how often."""
+
+import msgspec
+import pytest
+
+from consumer.deliver.answers import Answer, Lost
+from consumer.deliver.delivery import Attempt
+from consumer.deliver.entries import EntryError, encode_outcome, refused, rejects, total_of
+from consumer.totals import Compared, Comparison, Rejection, Report
+from tests.unit.delivery_world import HOUR, MINUTE, OK, World
+
+DAY = 24 * HOUR
+WHY = "meter_event_customer_not_found: No such customer"
+
+
+def delivered() -> tuple[World, str]:
+    """A world in which one total has been delivered."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, OK, world.now)
+    world.commit()
+    return world, attempt.identifier
+
+
+def rejection(world: World, key: str, report: str = "evt_1") -> Rejection:
+    """Stripe names the event of this key, and we found what became of its total."""
+    identifier = total_of(key)
+    assert identifier is not None
+    found = next(each for each in world.outcomes if each.identifier == identifier)
+    raw = msgspec.Raw(encode_outcome(refused(found, WHY, world.now)))
+    code, _, message = WHY.partition(": ")
+    return Rejection(identifier, key, code, message, report, world.now, raw)
+
+
+def of_unfinished(attempt: Attempt, report: str, at: int) -> Rejection:
+    """Stripe names the event of this attempt; its total is not finished."""
+    return Rejection(attempt.identifier, attempt.key, "code", "why", report, at, msgspec.Raw(b"null"))
+
+
+def test_what_was_delivered_and_is_rejected_is_refused() -> None:
+    world, identifier = delivered()
+    world.log.append(rejection(world, identifier))
+    world.run(world.now)
+    assert [each.how for each in world.outcomes] == ["delivered", "refused"]
+    last = world.outcomes[-1]
+    assert (last.billed, last.value, last.reason) == ("0", "5", WHY)
+    book = world.delivery.ledger.books["ai-tokens"]
+    assert (book.delivered.totals, book.refused.totals) == (0, 1)
+    assert (book.delivered.value, book.refused.events) == (0, 3)
+    assert world.balanced()
+
+
+def test_a_rounded_total_goes_back_with_what_was_rounded_off() -> None:
+    world = World()
+    attempt = world.sent(value="1234567890123.456")
+    world.delivery.answered(attempt, OK, world.now)
+    world.commit()
+    assert world.delivery.ledger.books["ai-tokens"].rounded.totals == 1
+    world.log.append(rejection(world, attempt.identifier))
+    world.run(world.now)
+    book = world.delivery.ledger.books["ai-tokens"]
+    assert (book.rounded.totals, book.rounded.value, book.delivered.value) == (0, 0, 0)
+    assert world.balanced()
+
+
+def test_two_reports_of_one_event_count_once_in_this_life_and_the_next() -> None:
+    world, identifier = delivered()
+    world.log += [rejection(world, identifier), rejection(world, identifier, "evt_2")]
+    world.run(world.now)
+    world.restart()
+    world.log.append(rejection(world, identifier, "evt_3"))
+    world.run(world.now)
+    assert [each.how for each in world.outcomes] == ["delivered", "refused"]
+    assert world.balanced()
+
+
+def test_of_a_total_that_is_still_tried_the_reported_attempt_counts_for_nothing() -> None:
+    """The first attempt was taken, its answer lost, and the event rejected. The second one is told that it is there."""
+    world = World()
+    attempt = world.sent()
+    world.stripe.post(attempt, world.now)
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.log.append(of_unfinished(attempt, "evt_1", world.now))
+    world.read()
+    world.restart()
+    world.log.append(of_unfinished(attempt, "evt_2", world.now))
+    world.run(world.now + 10 * MINUTE)
+    assert [(each.how, each.reason) for each in world.outcomes] == [("refused", "code: why")]
+    assert world.balanced()
+    world.log.append(rejection(world, attempt.identifier, "evt_3"))
+    world.run(world.now)
+    assert len(world.outcomes) == 1, "it is refused already"
+    assert world.balanced()
+
+
+def test_an_earlier_attempt_that_was_rejected_does_not_take_back_a_later_one_that_was_taken() -> None:
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.log.append(
+        Rejection(attempt.identifier, attempt.key, "code", "why", "evt_1", world.now, msgspec.Raw(b"null"))
+    )
+    world.run(world.now + 10 * MINUTE)
+    assert [(each.how, each.key) for each in world.outcomes] == [("delivered", f"{attempt.identifier}:1")]
+
+
+def test_a_parked_total_keeps_what_stripe_reported_of_it() -> None:
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.wait(24 * HOUR)
+    world.run(world.now)
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+    world.log.append(
+        Rejection(attempt.identifier, attempt.key, "code", "why", "evt_1", world.now, msgspec.Raw(b"null"))
+    )
+    world.run(world.now)
+    (told,) = world.entry(attempt.identifier).rejected
+    assert (told.key, told.why) == (attempt.key, "code: why")
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+
+
+@pytest.mark.parametrize(
+    ("how", "key", "billed_as", "rejected", "taken_back"),
+    [
+        ("delivered", "tm1-a", "tm1-a", "tm1-a", True),
+        ("delivered", "tm1-a:1", "tm1-a", "tm1-a:1", True),
+        ("delivered", "tm1-a:1", "tm1-a", "tm1-a", False),
+        ("duplicate", "tm1-a:2", "tm1-a", "tm1-a", True),
+        ("duplicate", "tm1-a:2", "tm1-a", "tm1-a:1", True),
+        ("duplicate", "tm1-a-g2:1", "tm1-a-g2", "tm1-a", False),
+        ("duplicate", "tm1-a-g2:1", "tm1-a-g2", "tm1-a-g2", True),
+        ("discarded", None, "tm1-a", "tm1-a", False),
+        ("unbilled", None, "tm1-a", "tm1-a", False),
+    ],
+)
+def test_which_event_bills_a_total(
+    how: str, key: str | None, billed_as: str, rejected: str, *, taken_back: bool
+) -> None:
+    assert rejects(how, key, billed_as, rejected) is taken_back  # type: ignore[arg-type]  # words, as parameters
+
+
+@pytest.mark.parametrize(
+    ("key", "total"),
+    [
+        ("tm1-20261101T1200Z-1m-r0-543db3", "tm1-20261101T1200Z-1m-r0-543db3"),
+        ("tm1-20261101T1200Z-1m-r0-543db3:12", "tm1-20261101T1200Z-1m-r0-543db3"),
+        ("tm1-20261101T1200Z-1m-r0-543db3-g2", "tm1-20261101T1200Z-1m-r0-543db3"),
+        ("tm1-20261101T1200Z-1m-r0-543db3-g12:3", "tm1-20261101T1200Z-1m-r0-543db3"),
+        ("9f3e9c9a-8a0e-4d6e", None),
+        ("", None),
+    ],
+)
+def test_a_key_tells_its_total(key: str, total: str | None) -> None:
+    assert total_of(key) == total
+
+
+def test_reports_and_comparisons_are_kept_once_and_not_for_ever() -> None:
+    world, _ = delivered()
+    report = Report("evt_1", world.now, "ai_tokens", 0, 10, {"meter_event_customer_not_found": 7}, 0)
+    early = Comparison(world.now, 0, 86_400, {"ai_tokens": Compared(equal=3)})
+    late = Comparison(world.now + 1, 0, 86_400, {"ai_tokens": Compared(differs=1, missing="5")})
+    world.log += [report, report, late, early]
+    world.run(world.now)
+    assert world.delivery.reports.errors == {"meter_event_customer_not_found": 7}
+    world.restart()
+    assert world.delivery.reports.comparison == late, "the later one, in whichever order they came"
+    world.wait(91 * DAY)
+    world.total()
+    world.run(world.now)
+    assert [key for key in world.durable if b"/" in key and not key.startswith(b"ledger/")] == [b"comparison/"]
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    world, _ = delivered()
+    world.durable[b"report/evt_1"] = b"{"
+    with pytest.raises(EntryError, match="report/evt_1"):
+        world.restart()
+    world.durable[b"report/evt_1"] = b'{"kind":"advance","partition":0,"offset":1,"clock":2}'
+    with pytest.raises(EntryError, match="newer tallyman"):
+        world.restart()
+
+
+def test_in_shadow_everything_is_done_but_sending() -> None:
+    world = World(names={"alice": "cus_alice", "free": None}, shadow=True)
+    billed, free = world.total("alice"), world.total("free")
+    unmapped, zero = world.total("carol"), world.total("alice", "0")
+    world.run(world.now + MINUTE)
+    assert {each.identifier: each.how for each in world.outcomes} == {
+        billed: "shadowed",
+        free: "unbilled",
+        zero: "zero",
+    }
+    assert world.parked() == {unmapped: "unmapped"}
+    assert world.stripe.billed == []
+    assert world.outcomes[0].stripe_customer == "cus_alice", "to be compared with what Stripe has"
+    assert world.balanced()
+    world.names.known["carol"] = "cus_carol"
+    world.delivery.remap(world.names, world.now)
+    world.run(world.now)
+    assert world.outcomes[-1].how == "shadowed"
+
+
+def test_who_goes_from_sending_to_shadow_sends_nothing_more() -> None:
+    """What may be at Stripe is nobody's guess then: it is in doubt. What was not tried is somebody else's to bill."""
+    world = World()
+    tried = world.sent("alice")
+    world.delivery.answered(tried, Lost(), world.now)
+    waiting = world.total("bob")
+    world.read()
+    world.commit()
+    busy = world.must_send()
+    world.delivery.answered(busy, Answer(429, "invalid_request_error", "lock_timeout"), world.now)
+    world.commit()
+    world.shadow = True
+    world.restart()
+    world.run(world.now + HOUR)
+    assert world.parked() == {tried.identifier: "in_doubt"}
+    assert [(each.identifier, each.how) for each in world.outcomes] == [(waiting, "shadowed")]
+    assert world.stripe.billed == []
+
+
+def test_the_oldest_usage_that_waits_is_known_by_meter() -> None:
+    world = World(in_flight=20)
+    first = world.total("alice")
+    world.total("alice")
+    world.total("carol", meter="storage")
+    world.read()
+    stamp = world.log[0].timestamp  # type: ignore[union-attr]  # a total
+    assert world.delivery.oldest_pending() == {"ai-tokens": stamp}
+    ((group, when),) = world.delivery.oldest_parked().items()
+    assert (group[0], str(group[1]), when) == ("storage", "unmapped", stamp)
+    assert world.delivery.aside == 1, "one customer has one seat of twenty"
+    world.run(world.now)
+    assert world.delivery.oldest_pending() == {}
+    assert first in {each.identifier for each in world.outcomes}
+    parked = next(iter(world.parked()))
+    world.command("discard", parked)
+    world.obey()
+    assert world.delivery.oldest_parked() == {}
