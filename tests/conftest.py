@@ -16,11 +16,15 @@ from tests.kafka.cluster import running_kafka
 settings.register_profile("tallyman", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tallyman")
 
-_UNAVAILABLE = pytest.StashKey[str]()
+_LOUD = {
+    "no real Kafka: ": "NOTHING WAS TESTED ON A REAL KAFKA",
+    "no stripe-mock: ": "NO REQUEST WAS COMPARED WITH STRIPE'S SPECIFICATION",
+}
+"""How the reason begins for which a test is skipped, and what that comes to."""
 
 
 @pytest.fixture(scope="session")
-def kafka(request: pytest.FixtureRequest) -> Iterator[Kafka]:
+def kafka() -> Iterator[Kafka]:
     """A real Kafka, shared by the session: every test uses topics and groups of its own."""
     with ExitStack() as running:
         try:
@@ -28,7 +32,6 @@ def kafka(request: pytest.FixtureRequest) -> Iterator[Kafka]:
         except KafkaUnavailableError as error:
             if os.environ.get("CI"):
                 raise
-            request.config.stash[_UNAVAILABLE] = str(error)
             pytest.skip(f"no real Kafka: {error}")
         yield kafka
 
@@ -45,7 +48,11 @@ def own_kafka() -> Iterator[LocalKafka]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say loudly that what only a real Kafka shows was not tested."""
-    if reason := terminalreporter.config.stash.get(_UNAVAILABLE, None):
-        terminalreporter.section("NOTHING WAS TESTED ON A REAL KAFKA", sep="!", red=True, bold=True)
-        terminalreporter.line(reason, red=True)
+    """Say loudly what was not tested for want of something; also where the tests ran in other processes."""
+    reports = terminalreporter.stats.get("skipped", ())
+    skipped = [each.longrepr[2] for each in reports if isinstance(each.longrepr, tuple)]
+    for begins, comes_to in _LOUD.items():
+        reason = next((each[each.index(begins) :] for each in skipped if begins in each), None)
+        if reason is not None:
+            terminalreporter.section(comes_to, sep="!", red=True, bold=True)
+            terminalreporter.line(reason, red=True)
