@@ -1,7 +1,9 @@
 """Who a customer is at Stripe: as the events say, or as a file says that is read again whenever it changes."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import structlog
 import yaml
@@ -51,20 +53,29 @@ class CustomerFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[int, int, int] | None = None
+        self._last: tuple[int, int, int] | None = None
+        self.refused = False
+        """Whether the file, as it is now, is of no use, and what it held before is used."""
         self.customers = self._read()
 
     def changed(self) -> Customers | None:
-        """The customers, if the file has changed since they were read; a file that is of no use changes nothing."""
+        """The customers, if the file has changed since they were read; a file that is of no use changes nothing.
+
+        To be called again and again: a file is read when it is the same twice, lest it is still being written.
+        """
         try:
-            if self._stamp() == self._seen:
+            last, self._last = self._last, self._stamp()
+            if self._last == self._seen or self._last != last:
                 return None
             customers = self._read()
         except (CustomerFileError, OSError) as wrong:
-            log.error(  # noqa: TRY400 - the reason says it all
-                "customer_file_refused", path=str(self.path), reason=str(wrong), kept=len(self.customers)
-            )
+            if not self.refused:
+                log.error(  # noqa: TRY400 - the reason says it all
+                    "customer_file_refused", path=str(self.path), reason=str(wrong), kept=len(self.customers)
+                )
+            self.refused = True
             return None
-        self.customers = customers
+        self.customers, self.refused = customers, False
         log.info("customer_file_read", path=str(self.path), customers=len(customers))
         return customers
 
@@ -75,12 +86,15 @@ class CustomerFile:
     def _read(self) -> Mapped:
         try:
             self._seen = self._stamp()
-            found = yaml.load(self.path.read_bytes(), yaml.CSafeLoader)
+            text = self.path.read_bytes()
+            found = yaml.load(text, _Loader)  # noqa: S506 - it is the safe one
         except OSError as failed:
             raise CustomerFileError(f"customers.path: {self.path} cannot be read: {failed.strerror}") from None
         except yaml.YAMLError as wrong:
             raise CustomerFileError(f"customers.path: {self.path} is no YAML: {wrong}") from None
-        if not isinstance(found, dict) or not found:
+        if found is not None and not isinstance(found, dict):
+            raise CustomerFileError(f"customers.path: {self.path} is no mapping; write lines like acme: cus_123")
+        if not found:
             raise CustomerFileError(f"customers.path: {self.path} holds no customers; write lines like acme: cus_123")
         for name, customer in found.items():
             if not isinstance(name, str) or not (customer is None or (isinstance(customer, str) and customer)):
@@ -88,4 +102,17 @@ class CustomerFile:
                     f"customers.path: {self.path}: {name!r}: {customer!r} is no name with a Stripe customer or null "
                     "(names of digits need quotes)"
                 )
+        if not text.endswith((b"\n", b"}")):
+            raise CustomerFileError(f"customers.path: {self.path} ends in the middle of a line: is it all there?")
         return Mapped(found)
+
+
+class _Loader(yaml.CSafeLoader):
+    """Of one name with two customers nobody knows which is meant."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is in it twice", node.start_mark)
+        return super().construct_mapping(node, deep)

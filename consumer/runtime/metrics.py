@@ -1,6 +1,7 @@
 """What Prometheus sees. What counts events and totals is read from committed books, so that no crash falsifies it."""
 
 import platform
+from collections import Counter as Sums
 from collections.abc import Iterator
 from typing import Final
 
@@ -12,11 +13,11 @@ from prometheus_client.registry import Collector
 from consumer import __version__
 from consumer.deliver.answers import Heard, Verdict, judge
 from consumer.deliver.delivery import Attempt, Delivery
-from consumer.deliver.ledger import Column
+from consumer.deliver.ledger import Book, Column
 from consumer.deliver.pacing import Shut
 from consumer.runtime.clocks import Clock
 from consumer.runtime.intake import Intake
-from consumer.runtime.reporter import Reporter
+from consumer.runtime.reporter import TAKES_S, Pending, Reporter
 from consumer.runtime.source import Silence
 from consumer.storage import FAILURES, Stage
 from consumer.totals import SCALE
@@ -75,7 +76,11 @@ class State(Collector):
         reporter: Reporter | None,
         clock: Clock,
         silence: Silence,
+        *,
+        grace: int,
     ) -> None:
+        """``grace``: as in ``Requests``."""
+        self._grace = grace
         self._intake = intake
         self._reporter = reporter
         self._clock = clock
@@ -200,38 +205,40 @@ class State(Collector):
             "Value that was read from the totals log and is nowhere. Anything but 0 is a fault.",
             labels=["meter"],
         )
-        unread: dict[str, tuple[int, int]] = {}
+        undelivered = GaugeMetricFamily(
+            "tallyman_undelivered_value",
+            "Value counted and not delivered: in open windows, unread, pending or parked. The sum over all processes "
+            "tells: one may have read what another has made.",
+            labels=["meter"],
+        )
+        unread: Sums[str] = Sums()
+        unread_value: Sums[str] = Sums()
+        waiting: Sums[str] = Sums()
+        sums: Sums[tuple[str, str, str]] = Sums()
+        values: Sums[tuple[str, str, str]] = Sums()
+        lost: Sums[str] = Sums()
         for committed in list(self._intake.committed.values()) if self._intake else ():
             for meter, each in committed.meters.items():
-                before = unread.get(meter, (0, 0))
-                unread[meter] = before[0] + each.totals, before[1] + each.total_value
+                unread[meter] += each.totals
+                unread_value[meter] += each.total_value
+                waiting[meter] += each.value
         for meter, book in ((m, b) for each in self._deliveries for m, b in list(each.ledger.books.items())):
-            before = unread.get(meter, (0, 0))
-            unread[meter] = before[0] - book.read.totals, before[1] - book.read.value
-        sums: dict[tuple[str, str, str], tuple[int, int]] = {}
-        lost: dict[str, int] = {}
-        for meter, book in ((m, b) for each in self._deliveries for m, b in list(each.ledger.books.items())):
-            columns: dict[tuple[str, str], Column] = {
-                ("delivered", ""): book.delivered,
-                ("unbilled", ""): book.unbilled,
-                ("zero", ""): book.zero,
-                ("refused", ""): book.refused,
-                ("discarded", ""): book.discarded,
-                ("rounded", ""): book.rounded,
-                ("pending", ""): book.pending,
-            } | {("parked", reason.value): column for reason, column in book.parked.items()}
-            for (state, reason), column in columns.items():
-                had = sums.get((meter, state, reason), (0, 0))
-                sums[meter, state, reason] = had[0] + column.totals, had[1] + column.value
-            lost[meter] = lost.get(meter, 0) + book.missing
-        for meter, (totals, total_value) in unread.items():
-            sums[meter, "unread", ""] = totals, total_value
-        for of, (totals, total_value) in sums.items():
+            unread[meter] -= book.read.totals
+            unread_value[meter] -= book.read.value
+            waiting[meter] += book.pending.value + sum(each.value for each in book.parked.values()) - book.read.value
+            lost[meter] += book.missing
+            for (state, reason), column in _columns(book).items():
+                sums[meter, state, reason] += column.totals
+                values[meter, state, reason] += column.value
+        for meter in unread:
+            sums[meter, "unread", ""], values[meter, "unread", ""] = unread[meter], unread_value[meter]
+            undelivered.add_metric([meter], waiting[meter] / SCALE)
+        for of, totals in sums.items():
             count.add_metric(of, totals)
-            value.add_metric(of, total_value / SCALE)
+            value.add_metric(of, values[of] / SCALE)
         for meter, amount in lost.items():
             missing.add_metric([meter], amount / SCALE)
-        yield from (count, value, missing)
+        yield from (count, value, missing, undelivered)
 
     def _sending(self, reporter: Reporter) -> Iterator[Metric]:
         now, deliveries, outlet = self._clock.now(), reporter.deliveries, reporter.outlet
@@ -242,9 +249,10 @@ class State(Collector):
             "tallyman_oldest_pending_total_age_seconds",
             "For how long the oldest total that is neither finished nor parked has been due; 0 where there is none.",
         )
-        due = reporter.oldest_due()
-        oldest.add_metric([], 0 if due is None else max(0, now - due) / 1000)
+        pending = reporter.pending()
+        oldest.add_metric([], 0 if pending.due is None else max(0, now - pending.due) / 1000)
         yield oldest
+        yield from self._cut_off(reporter, pending, now)
         yield GaugeMetricFamily("tallyman_stripe_rate", "Requests a second that are allowed now.", outlet.pacing.rate)
         yield GaugeMetricFamily(
             "tallyman_in_flight_totals",
@@ -268,6 +276,41 @@ class State(Collector):
         for reason in {reason for each in deliveries for reason in each.alarms}:
             alarms.add_metric([reason.value], sum(each.alarms.get(reason, 0) for each in deliveries))
         yield alarms
+
+    def _cut_off(self, reporter: Reporter, pending: Pending, now: int) -> Iterator[Metric]:
+        left = GaugeMetricFamily(
+            "tallyman_cutoff_seconds",
+            "Seconds until the first invoice is final that the oldest undelivered usage may belong on, negative after "
+            "it: the period may end right behind it, and stripe.finalization_grace follows.",
+            labels=["meter", "state"],
+        )
+        expiry = GaugeMetricFamily(
+            "tallyman_parked_expiry_seconds",
+            "Seconds until Stripe does not take the oldest parked usage any more: it takes 35 days.",
+            labels=["meter", "reason"],
+        )
+        parked: dict[str, int] = {}
+        for (meter, reason), at in reporter.oldest_parked().items():
+            parked[meter] = min(at, parked.get(meter, at))
+            expiry.add_metric([meter, reason], at + TAKES_S - now / 1000)
+        for state, oldest in (("pending", pending.oldest), ("parked", parked)):
+            for meter, at in oldest.items():
+                left.add_metric([meter, state], at + (self._grace - now) / 1000)
+        yield from (left, expiry)
+        stopped = GaugeMetricFamily(
+            "tallyman_stopped_meters",
+            "1 for an event name whose meter Stripe refuses; one total a minute asks whether that is cured.",
+            labels=["event_name"],
+        )
+        for event_name in reporter.stopped:
+            stopped.add_metric([event_name], 1)
+        yield stopped
+        if (refused := reporter.customers_refused) is not None:
+            yield GaugeMetricFamily(
+                "tallyman_customers_file_refused",
+                "1 while the customers' file is of no use as it is now, and the one before it is used.",
+                refused,
+            )
 
     def _commits(self) -> Iterator[Metric]:
         took = GaugeMetricFamily("tallyman_commit_duration_seconds", "How long the last commit took.", labels=["stage"])
@@ -305,3 +348,10 @@ class State(Collector):
     def _running(self) -> list[tuple[Stage, Intake | Reporter]]:
         stages = ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter))
         return [(stage, each) for stage, each in stages if each is not None]
+
+
+def _columns(book: Book) -> dict[tuple[str, str], Column]:
+    """By state and reason."""
+    states = ("delivered", "unbilled", "zero", "refused", "discarded", "shadowed", "rounded", "pending")
+    columns: dict[tuple[str, str], Column] = {(state, ""): getattr(book, state) for state in states}
+    return columns | {("parked", reason.value): column for reason, column in book.parked.items()}

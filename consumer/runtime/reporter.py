@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
@@ -24,8 +24,12 @@ from consumer.storage import Changes, CommitFailed, Progress, Stage, Store
 from consumer.totals import Command, Total
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 log = structlog.get_logger()
+
+TAKES_S: Final = 35 * 86_400
+"""For so long Stripe takes usage after its time."""
 
 READ_AT_ONCE: Final = 1_000
 LOOK_AGAIN_S: Final = 0.5
@@ -39,6 +43,15 @@ State = tuple[int, list[tuple[bytes, bytes]]]
 """What a partition's last commit left: the offset of the next record to read, and the entries."""
 
 
+class Pending(NamedTuple):
+    """Totals that are neither finished nor parked."""
+
+    due: int | None
+    """Since when (ms) the oldest of them has been due."""
+    oldest: dict[str, int]
+    """The earliest timestamp, in seconds, by meter."""
+
+
 @dataclass(slots=True)
 class Partition:
     """One partition of the totals log at work."""
@@ -48,6 +61,8 @@ class Partition:
     """The offset of the next record to read."""
     obeyed_below: int = 0
     """Commands below this offset have been carried out, though totals before them have not been read."""
+    noted: int = 0
+    """How many notes of the delivery have been logged."""
 
 
 class Reporter:
@@ -131,21 +146,36 @@ class Reporter:
         """Why nothing more is read somewhere and a person is needed; None where all goes on."""
         return next((why for each in self.deliveries if (why := each.paused)), None)
 
-    def oldest_due(self) -> int | None:
-        """Since when (ms) the oldest total that is neither finished nor parked has been due, if there is any."""
-        return min(
-            (due for number in list(self.partitions) if (due := self._oldest_due(number)) is not None), default=None
-        )
+    def pending(self) -> Pending:
+        """What is neither finished nor parked. Of what is unread the first totals are looked at, in each partition."""
+        due: list[int] = []
+        oldest: dict[str, int] = {}
+        for number, partition in list(self.partitions.items()):
+            if (here := partition.delivery.oldest_due()) is not None:
+                due.append(here)
+            _merge(oldest, partition.delivery.oldest_pending())
+            for each in self._unread.read(number, partition.next, READ_AT_ONCE):
+                if isinstance(record := totals.decode(each.value), Total):
+                    due.append(record.due)
+                    _merge(oldest, {record.meter: record.timestamp})
+        return Pending(min(due, default=None), oldest)
 
-    def _oldest_due(self, number: int) -> int | None:
-        partition = self.partitions[number]
-        here = partition.delivery.oldest_due()
-        # Between the totals lie advances, one for each partition at most, and what operators decided.
-        for each in self._unread.read(number, partition.next, READ_AT_ONCE):
-            record = totals.decode(each.value)
-            if isinstance(record, Total):
-                return record.due if here is None else min(here, record.due)
-        return here
+    def oldest_parked(self) -> dict[tuple[str, str], int]:
+        """The earliest timestamp, in seconds, of what is parked, by meter and reason."""
+        oldest: dict[tuple[str, str], int] = {}
+        for each in self.deliveries:
+            _merge(oldest, {(meter, str(reason)): at for (meter, reason), at in each.oldest_parked().items()})
+        return oldest
+
+    @property
+    def stopped(self) -> set[str]:
+        """The event names whose meter Stripe refuses."""
+        return {event_name for each in self.deliveries for event_name in each.stops.names()}
+
+    @property
+    def customers_refused(self) -> bool | None:
+        """Whether the customers' file, as it is now, is of no use; None where there is no file."""
+        return None if self._file is None else self._file.refused
 
     def wake(self) -> None:
         """There may be something to do. To be called in the event loop's thread."""
@@ -301,6 +331,15 @@ class Reporter:
                 self._news.set()
         if full:
             await self._look_for_commands(full)
+        for partition in self.partitions.values():
+            self._tell(partition)
+
+    def _tell(self, partition: Partition) -> None:
+        """Log what the core has noted: somebody decided, or reported, something that was not done."""
+        delivery = partition.delivery
+        new, partition.noted = delivery.noted - partition.noted, delivery.noted
+        for note in list(delivery.notes)[-new:] if new else ():
+            log.warning("record_not_applied", identifier=note.identifier, reason=note.text)
 
     async def _look_for_commands(self, full: dict[int, int]) -> None:
         """Where no total may be read, an operator's decision further on in the log may be what makes room."""
@@ -380,3 +419,8 @@ class Reporter:
             self._customers = changed
             for each in self.deliveries:
                 each.remap(changed, self._clock.now())
+
+
+def _merge(oldest: dict[K, int], more: Mapping[K, int]) -> None:
+    for key, at in more.items():
+        oldest[key] = min(at, oldest.get(key, at))

@@ -24,7 +24,7 @@ from consumer.runtime.ground import Ground
 from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
 from consumer.runtime.metrics import Requests, State
-from consumer.runtime.reporter import Reporter
+from consumer.runtime.reporter import TAKES_S, Reporter
 from consumer.runtime.source import Silence, Source, SourceError, SourceSilent, Topic
 from consumer.runtime.stripe import Stripe
 from consumer.storage import Stage, Unreachable
@@ -38,6 +38,9 @@ STUCK_MS: Final = 120_000
 """A loop that has not gone round for so long will not go round again."""
 EXPIRE_EVERY_S: Final = 600.0
 LOOK_EVERY_S: Final = 0.05
+WARN_EVERY_S: Final = 3_600.0
+WARN_BEFORE_S: Final = 7 * 86_400
+"""A week is left for a person to act."""
 BEGIN_AGAIN_S: Final = 1.0
 ASK_EVERY_S: Final = 5.0
 BOTH: Final = frozenset(Stage)
@@ -70,8 +73,6 @@ def kafka_source(config: Config, group: str) -> Source:
 
 def run(config: Config, around: Surroundings, stages: frozenset[Stage] = BOTH) -> None:
     """Run until SIGTERM or SIGINT, then commit and return. Raises the errors of whatever cannot go on."""
-    if config.stripe.mode == "shadow":
-        raise ServiceError("stripe.mode: shadow is not in this version yet; hold counts without sending")
     if isinstance(config.storage, SqliteStorage) and stages != BOTH:
         raise ServiceError("with storage.kind: sqlite one process runs both stages: leave out --stage")
     # Who only counts needs no key, and has none to lose.
@@ -154,7 +155,8 @@ class _Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         registry = CollectorRegistry()
-        requests = Requests(registry, grace=int(self._config.stripe.finalization_grace), clock=self._clock)
+        grace = int(self._config.stripe.finalization_grace)
+        requests = Requests(registry, grace=grace, clock=self._clock)
         http = Http(registry, stuck=self._stuck, not_ready=self._not_ready)
         try:
             port = await self._listen(http)
@@ -166,7 +168,7 @@ class _Service:
             try:
                 self._waits_for = None
                 self._prepare(ground, requests)
-                registry.register(State(self._intake, self._reporter, self._clock, self._silence))
+                registry.register(State(self._intake, self._reporter, self._clock, self._silence, grace=grace))
                 await self._stages(ground, port)
             finally:
                 await asyncio.to_thread(ground.close)
@@ -238,6 +240,8 @@ class _Service:
                     in_flight=max(1, config.limits.in_flight // ground.spread),
                     parked_limit=max(1, config.limits.parked // ground.spread),
                     outlet=outlet,
+                    keep=int(config.limits.keep),
+                    shadow=config.stripe.mode == "shadow",
                 )
 
             self._reporter = Reporter(
@@ -286,9 +290,8 @@ class _Service:
             Thread(target=self._read, args=(self._intake, intake_done), name="intake", daemon=True).start()
         reading = asyncio.create_task(intake_done.wait()) if self._intake else None
         delivering = asyncio.create_task(self._reporter.run(self._stop)) if self._reporter else None
-        aside = [
-            asyncio.create_task(each) for each in (self._say_started(port), self._expire(ground), self._ask_kafka())
-        ]
+        chores = (self._say_started(port), self._expire(ground), self._ask_kafka(), self._warn())
+        aside = [asyncio.create_task(each) for each in chores]
         running: list[asyncio.Task[Any]] = [each for each in (reading, delivering) if each is not None]
         try:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -302,9 +305,12 @@ class _Service:
         if self._intake_failure is not None:
             raise self._intake_failure
 
-    async def _say_started(self, port: int) -> None:
+    async def _until_settled(self) -> None:
         while not self._settled:  # noqa: ASYNC110 - one of the stages settles in another thread
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _say_started(self, port: int) -> None:
+        await self._until_settled()
         log.info(
             "started",
             pipeline=self._config.pipeline,
@@ -349,6 +355,16 @@ class _Service:
             read_to = min((each.next for each in self._reporter.partitions.values()), default=0)
             await asyncio.to_thread(ground.expire, before, read_to)
             await asyncio.sleep(EXPIRE_EVERY_S)
+
+    async def _warn(self) -> None:
+        """Of usage that will soon be too old for Stripe, while there is time to do something about it."""
+        await self._until_settled()
+        while self._reporter is not None:
+            now = self._clock.now() // 1000
+            for (meter, reason), oldest in self._reporter.oldest_parked().items():
+                if (left := oldest + TAKES_S - now) < WARN_BEFORE_S:
+                    log.warning("parked_usage_expires", meter=meter, reason=reason, left_s=left, oldest=oldest)
+            await asyncio.sleep(WARN_EVERY_S)
 
     def _stuck(self) -> list[str]:
         elapsed = self._clock.elapsed()

@@ -306,6 +306,10 @@ def test_everything_that_was_read_and_made_is_accounted_for_in_the_metrics(on: B
         value = page.sum("tallyman_closed_value", meter=meter)
         assert value == pytest.approx(page.sum("tallyman_totals_value", meter=meter), rel=1e-15)
     assert page.by("tallyman_totals_missing_value", "meter") == {("tokens",): 0, ("calls",): 0}
+    for meter in ("tokens", "calls"):
+        parked = page.sum("tallyman_totals_value", meter=meter, state="parked")
+        assert parked > 0
+        assert page.sum("tallyman_undelivered_value", meter=meter) == parked
     delivered = page.sum("tallyman_totals_value", state="delivered")
     assert delivered == float(sum(on.stripe.model.billed().values()))
     service.stop()
@@ -392,6 +396,99 @@ def test_hold_after_send_leaves_no_doubt_about_what_it_holds(on: Bench) -> None:
     service.set(stripe={"mode": "send"})
     service.start()
     service.until(lambda: on.billed() == {"cus_late": "1"}, "it is billed")
+    service.stop()
+
+
+def test_shadow_does_everything_but_send(on: Bench) -> None:
+    topic = past_topic(on)
+    file = on.folder / "customers.yaml"
+    customers = {"kind": "file", "path": write(file, {"a": "cus_a", "free": None})}
+    service = on.service(topic, customers=customers, stripe={"mode": "shadow"})
+    service.start()
+    past_events(topic, {"a": 1, "free": 2, "new": 3}, at=real_now() - HOUR)
+    service.until(lambda: in_state(service, "parked", "unmapped") == 1, "it is parked")
+    service.until(lambda: in_state(service, "shadowed") == 1, "it would have been sent")
+    assert in_state(service, "unbilled") == 1
+    write(file, {"a": "cus_a", "free": None, "new": "cus_new"})
+    service.until(lambda: in_state(service, "shadowed") == 2, "it would have been released, and sent")
+    past_events(topic, {"a": 10}, at=real_now() - HOUR + 10 * MINUTE)
+    service.until(lambda: in_state(service, "shadowed") == 3, "so would this")
+    service.stop()
+    assert on.stripe.model.stats["requests"] == 0
+    service.set(stripe={"mode": "send"})
+    service.start()
+    past_events(topic, {"a": 100}, at=real_now() - HOUR + 20 * MINUTE)
+    service.until(lambda: on.billed() == {"cus_a": "100"}, "what somebody else has billed is not billed again")
+    service.stop()
+
+
+def test_a_deactivated_meter_stops_alone_and_goes_on_by_itself_when_it_is_active_again(on: Bench) -> None:
+    topic = past_topic(on)
+    second = {"name": "calls", "event_types": ["used"], "aggregation": "count", "stripe": {"event_name": "calls"}}
+    calls = on.stripe.model.add_meter("calls")
+    calls.deactivated_at = 1
+    service = on.service(topic, meters=[dict(METER), second])
+    service.start()
+    past_events(topic, {"cus_a": 5, "cus_b": 6}, at=real_now() - HOUR)
+    service.until(lambda: in_state(service, "parked", "meter") == 2, "its totals wait")
+    service.until(lambda: on.billed() == {"cus_a": "5", "cus_b": "6"}, "the other meter goes on")
+    assert service.metrics().by("tallyman_stopped_meters", "event_name") == {("calls",): 1}
+    asked = on.stripe.model.stats["requests"]
+    for _ in range(3):
+        service.clock.pass_time(MINUTE + SECOND)
+        asked += 1
+        service.until(lambda: on.stripe.model.stats["requests"] == asked, "one total asks")  # noqa: B023 - at once
+    calls.deactivated_at = None
+    service.clock.pass_time(MINUTE + SECOND)
+    service.until(lambda: on.billed() == {"cus_a": "6", "cus_b": "7"}, "all is billed")
+    service.until(lambda: in_state(service, "parked") == 0, "nothing waits")
+    assert service.metrics().by("tallyman_stopped_meters", "event_name") == {}
+    service.stop()
+
+
+def test_it_is_known_how_long_undelivered_usage_can_still_be_billed(on: Bench) -> None:
+    topic = past_topic(on)
+    file = on.folder / "customers.yaml"
+    service = on.service(
+        topic,
+        customers={"kind": "file", "path": write(file, {"a": "cus_a"})},
+        stripe={"finalization_grace": "2h"},
+    )
+    service.start()
+    at = real_now() - HOUR
+    past_events(topic, {"late": 7}, at=at)
+    service.until(lambda: in_state(service, "parked", "unmapped") == 1, "it is parked")
+
+    def left(name: str, **labels: str) -> float:
+        return service.metrics().sum(name, meter="tokens", **labels)
+
+    assert left("tallyman_undelivered_value") == 7
+    left_s = (at + 2 * HOUR - service.clock.now()) / 1000
+    assert left("tallyman_cutoff_seconds", state="parked") == pytest.approx(left_s, abs=5)
+    expires_s = left_s - 7_200 + 35 * 86_400
+    assert left("tallyman_parked_expiry_seconds", reason="unmapped") == pytest.approx(expires_s, abs=5)
+    assert "parked_usage_expires" not in service.log()
+    service.clock.pass_time(29 * DAY)
+    assert left("tallyman_parked_expiry_seconds", reason="unmapped") == pytest.approx(expires_s - 29 * 86_400, abs=5)
+    assert left("tallyman_cutoff_seconds", state="parked") < 0
+    on.stripe.faults.latency = (5.0, 5.0)
+    write(file, {"a": "cus_a", "late": "cus_late"})
+    service.until(lambda: service.metrics().by("tallyman_cutoff_seconds", "state").keys() == {("pending",)}, "released")
+    service.until(lambda: on.billed() == {"cus_late": "7"}, "it is billed")
+    service.until(lambda: service.metrics().by("tallyman_cutoff_seconds", "state") == {}, "nothing is left to bill")
+    service.stop()
+
+
+def test_of_usage_that_will_soon_be_too_old_for_stripe_somebody_is_told(on: Bench) -> None:
+    topic = past_topic(on)
+    service = on.service(topic, customers={"kind": "file", "path": write(on.folder / "c.yaml", {"a": "cus_a"})})
+    service.start()
+    past_events(topic, {"late": 7}, at=real_now() - HOUR)
+    service.until(lambda: in_state(service, "parked", "unmapped") == 1, "it is parked")
+    service.stop()
+    service.clock.pass_time(29 * DAY)
+    service.start()
+    service.until(lambda: "parked_usage_expires" in service.log(), "a week before it is too late")
     service.stop()
 
 

@@ -23,7 +23,7 @@ from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected, Verdic
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.pacing import Outlet
 from consumer.runtime.clocks import SystemClock
-from consumer.runtime.customers import Passthrough
+from consumer.runtime.customers import CustomerFile, Passthrough
 from consumer.runtime.intake import Intake
 from consumer.runtime.membership import Alone
 from consumer.runtime.metrics import Requests, State
@@ -180,6 +180,8 @@ def families(tmp_path: Path) -> list[_Family]:
                 committed=lambda: None,
             )
             outlet = Outlet(1)
+            names = tmp_path / "customers.yaml"
+            names.write_text("acme: cus_123\n")
             reporter = Reporter(
                 store,
                 Alone(0),
@@ -192,12 +194,12 @@ def families(tmp_path: Path) -> list[_Family]:
                 spread=1,
                 clock=clock,
                 customers=Passthrough(),
-                file=None,
+                file=CustomerFile(names),
                 hold=True,
                 observe=requests.observe,
             )
             intake.run(lambda: True)
-            registry.register(State(intake, reporter, clock, intake.silence))
+            registry.register(State(intake, reporter, clock, intake.silence, grace=3_600_000))
             found = [
                 _Family(m.name + _SUFFIX.get(m.type, ""), m.type, _labels(m), m.documentation)
                 for m in registry.collect()
