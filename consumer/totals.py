@@ -116,6 +116,11 @@ class Report(msgspec.Struct, frozen=True, tag_field="kind", tag="report"):
 class Compared(msgspec.Struct, frozen=True):
     """A meter, compared with Stripe's sums: customers' days by how they stand."""
 
+    at: int
+    """When it was begun, in milliseconds since the epoch."""
+    since: int
+    until: int
+    """The days that were compared, in seconds since the epoch; the end is not in it."""
     equal: int = 0
     open: int = 0
     doubt: int = 0
@@ -131,13 +136,8 @@ class Compared(msgspec.Struct, frozen=True):
 class Comparison(msgspec.Struct, frozen=True, tag_field="kind", tag="comparison"):
     """What `tallyman reconcile` found last: for metrics."""
 
-    at: int
-    """Milliseconds since the epoch."""
-    since: int
-    until: int
-    """The days that were compared, in seconds since the epoch."""
     meters: dict[str, Compared]
-    """By Stripe event name."""
+    """By Stripe event name. Of a meter that is not in it, the one before still holds."""
 
 
 Record = Total | Advance | Command | Rejection | Report | Comparison

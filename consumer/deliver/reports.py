@@ -1,7 +1,7 @@
 """What Stripe reports of events that it took and rejected later, and what the last comparison with its sums found."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
@@ -32,7 +32,7 @@ class Reports:
 
     @property
     def comparison(self) -> Comparison | None:
-        """The last one."""
+        """The last one of every meter."""
         found = self._kept.get(_COMPARISON)
         return found if isinstance(found, Comparison) else None
 
@@ -50,29 +50,49 @@ class Reports:
         """Keep it; returns its entry, or None where it is known already."""
         key = _key(noted)
         before = self._kept.get(key)
-        if before is not None and not (isinstance(before, Comparison) and before.at < noted.at):
+        if isinstance(noted, Comparison):
+            noted = self._newest(noted)
+            if noted == before:
+                return None
+        elif before is not None:
             return None
         self._kept[key] = noted
         if isinstance(noted, Report):
             self.errors.update(noted.errors)
         return key, encode(noted)
 
+    def _newest(self, noted: Comparison) -> Comparison:
+        """The last one of every meter; who compares one meter says nothing about the others."""
+        meters = dict(self.comparison.meters) if self.comparison else {}
+        for event_name, each in noted.meters.items():
+            if event_name not in meters or meters[event_name].at < each.at:
+                meters[event_name] = each
+        oldest = max((each.at for each in meters.values()), default=0) - self._keep
+        return Comparison({name: each for name, each in meters.items() if each.at >= oldest})
+
     def expired(self, now: int) -> Iterator[str]:
         """The entries that are not needed any more."""
         if 0 <= now - self._looked_at < _LOOK_EVERY:
             return
         self._looked_at = now
-        old = [key for key, noted in self._kept.items() if key != _COMPARISON and noted.at < now - self._keep]
+        before = now - self._keep
+        old = [key for key, each in self._kept.items() if not isinstance(each, Comparison) and each.at < before]
         for key in old:
             del self._kept[key]
             yield key
 
 
-def reported(entries: dict[bytes, bytes]) -> list[Report]:
-    """The reports among the entries of stage 2."""
-    prefix = _REPORT.encode()
-    found = (decode(value) for key, value in entries.items() if key.startswith(prefix))
-    return [each for each in found if isinstance(each, Report)]
+def unanswered(entries: Iterable[tuple[bytes, bytes]]) -> list[Report]:
+    """The reports among the entries of stage 2, of all partitions, whose meters have not been compared since."""
+    prefixes = (_REPORT.encode(), _COMPARISON.encode())
+    found = [decode(value) for key, value in entries if key.startswith(prefixes)]
+    compared: dict[str | None, int] = {}
+    for comparison in found:
+        if isinstance(comparison, Comparison):
+            for event_name, each in comparison.meters.items():
+                for name in (event_name, None):  # nobody knows which meter was meant: any of them
+                    compared[name] = max(each.at, compared.get(name, 0))
+    return [each for each in found if isinstance(each, Report) and compared.get(each.event_name, 0) <= each.at]
 
 
 def _key(noted: Noted) -> str:
