@@ -136,6 +136,8 @@ class Compared(msgspec.Struct, frozen=True):
 class Comparison(msgspec.Struct, frozen=True, tag_field="kind", tag="comparison"):
     """What `tallyman reconcile` found last: for metrics."""
 
+    at: int
+    """When it was begun, in milliseconds since the epoch."""
     meters: dict[str, Compared]
     """By Stripe event name. Of a meter that is not in it, the one before still holds."""
 

@@ -67,8 +67,8 @@ class Reports:
         for event_name, each in noted.meters.items():
             if event_name not in meters or meters[event_name].at < each.at:
                 meters[event_name] = each
-        oldest = max((each.at for each in meters.values()), default=0) - self._keep
-        return Comparison({name: each for name, each in meters.items() if each.at >= oldest})
+        at = max((each.at for each in meters.values()), default=noted.at)
+        return Comparison(at, {name: each for name, each in meters.items() if each.at >= at - self._keep})
 
     def expired(self, now: int) -> Iterator[str]:
         """The entries that are not needed any more."""

@@ -159,8 +159,8 @@ def test_a_key_tells_its_total(key: str, total: str | None) -> None:
 def test_reports_and_comparisons_are_kept_once_and_not_for_ever() -> None:
     world, _ = delivered()
     report = Report("evt_1", world.now, "ai_tokens", 0, 10, {"meter_event_customer_not_found": 7}, 0)
-    early = Comparison({"ai_tokens": Compared(world.now, 0, 86_400, equal=3)})
-    late = Comparison({"ai_tokens": Compared(world.now + 1, 0, 86_400, differs=1, missing="5")})
+    early = Comparison(world.now, {"ai_tokens": Compared(world.now, 0, 86_400, equal=3)})
+    late = Comparison(world.now + 1, {"ai_tokens": Compared(world.now + 1, 0, 86_400, differs=1, missing="5")})
     world.log += [report, report, late, early]
     world.run(world.now)
     assert world.delivery.reports.errors == {"meter_event_customer_not_found": 7}
@@ -176,14 +176,18 @@ def test_who_compares_one_meter_says_nothing_about_the_others() -> None:
     world, _ = delivered()
     both = {name: Compared(world.now, 0, 86_400, equal=1) for name in ("ai_tokens", "calls")}
     later = Compared(world.now + HOUR, 0, 86_400, differs=1, surplus="2")
-    world.log += [Comparison(both), Comparison({"calls": later}), Comparison({"calls": both["calls"]})]
+    world.log += [
+        Comparison(world.now, both),
+        Comparison(later.at, {"calls": later}),
+        Comparison(world.now, {"calls": both["calls"]}),
+    ]
     world.run(world.now)
     world.restart()
-    assert world.delivery.reports.comparison == Comparison({"ai_tokens": both["ai_tokens"], "calls": later})
+    assert world.delivery.reports.comparison == Comparison(later.at, both | {"calls": later})
     fresh = Compared(world.now + 91 * DAY, 0, 86_400)
-    world.log.append(Comparison({"calls": fresh}))
+    world.log.append(Comparison(fresh.at, {"calls": fresh}))
     world.run(world.now)
-    assert world.delivery.reports.comparison == Comparison({"calls": fresh}), "that meter is long gone"
+    assert world.delivery.reports.comparison == Comparison(fresh.at, {"calls": fresh}), "that meter is long gone"
 
 
 def test_a_report_is_answered_by_the_next_comparison_of_its_meter() -> None:
@@ -192,7 +196,7 @@ def test_a_report_is_answered_by_the_next_comparison_of_its_meter() -> None:
         for name in ("tokens", "calls", None)
         for at in (10, 20, 30)
     ]
-    compared = Comparison({"tokens": Compared(20, 0, 86_400), "other": Compared(25, 0, 86_400)})
+    compared = Comparison(25, {"tokens": Compared(20, 0, 86_400), "other": Compared(25, 0, 86_400)})
     entries = [(f"report/{each.report}".encode(), encode(each)) for each in reports]
 
     assert unanswered(entries) == reports
