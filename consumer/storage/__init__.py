@@ -133,6 +133,10 @@ class Archive(Protocol):
     def shortened(self, log: Log) -> set[int]:
         """The partitions whose first records are not kept any more."""
 
+    def since(self, log: Log, time: int) -> dict[int, int]:
+        """From where on to read what was appended at a time (in milliseconds) or later, for each partition: all of it
+        lies there or behind, as far as the store's clock has never been set back. The end, where there is none."""
+
     def logged(
         self, log: Log, starts: Mapping[int, int] | None = None, ends: Mapping[int, int] | None = None
     ) -> Iterator[Logged]:

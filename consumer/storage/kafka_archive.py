@@ -7,7 +7,7 @@ from uuid import uuid4
 
 from consumer.storage import Append, Facts, Log, Logged, Restored, Stage, StorageError
 from consumer.storage.kafka import append
-from consumer.storage.kafka_reading import Replay, committed, ends_of, log_sizes, logged, members_of, shortened
+from consumer.storage.kafka_reading import Replay, committed, ends_of, log_sizes, logged, members_of, shortened, since
 from consumer.storage.kafka_records import MARK_KEY, Mark, cloud_event, encode_mark
 from consumer.storage.kafka_start import recorded
 from consumer.storage.kafka_topics import Topics, present
@@ -83,6 +83,10 @@ class KafkaArchive:
     def settled(self, log: Log) -> dict[int, int]:
         """Where the first transaction that is still open begins, or else the end."""
         return ends_of(self._client, self.topics.log(log), range(self._sizes[log]), settled=True)
+
+    def since(self, log: Log, time: int) -> dict[int, int]:
+        """Where the first record of that time or later lies, by the broker's clock; the end where there is none."""
+        return since(self._client, self.topics.log(log), range(self._sizes[log]), time)
 
     def shortened(self, log: Log) -> set[int]:
         """The partitions whose first records are not kept any more."""

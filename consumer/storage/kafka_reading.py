@@ -209,6 +209,24 @@ def shortened(client: Mapping[str, Any], topic: str, partitions: Iterable[int]) 
     return {partition for partition, (beginning, _) in found.items() if beginning}
 
 
+def since(client: Mapping[str, Any], topic: str, partitions: Iterable[int], time: int) -> dict[int, int]:
+    """Where the first record of a time (in milliseconds) or later lies; where there is none, the end."""
+    partitions = list(partitions)
+    ends = ends_of(client, topic, partitions)  # first: what is appended in between must not be skipped
+    places = [TopicPartition(topic, partition, time) for partition in partitions]
+    with closing(reader(client, topic, committed=False)) as consumer:
+
+        def ask(within: float) -> list[TopicPartition]:
+            found = consumer.offsets_for_times(places, timeout=min(within, REQUEST_S))
+            for each in found:
+                if each.error is not None:
+                    raise KafkaException(each.error)
+            return found
+
+        found = asked(ask, f"the offsets of a time in {topic}", within=PATIENCE_S)
+    return {each.partition: each.offset if each.offset >= 0 else ends[each.partition] for each in found}
+
+
 def _bounds(
     client: Mapping[str, Any], topic: str, partitions: Iterable[int], *, committed: bool
 ) -> dict[int, tuple[int, int]]:

@@ -98,6 +98,7 @@ class _Seen(msgspec.Struct):
     kind: str = ""
     identifier: str = ""
     how: str = ""
+    report: str = ""
     action: str = ""
     at: int = 0
     partition: int = 0
@@ -135,8 +136,11 @@ def _named(log: Log, seen: _Seen) -> tuple[str, str]:
         return "redriven", f"{seen.partition}-{seen.offsets[0]}:{seen.at}"
     if log is Log.DEAD_LETTERS:
         return "dead_letter", f"{seen.partition}-{seen.offset}"
-    if seen.kind == "command":
-        return "command", f"{seen.identifier}:{seen.action}:{seen.at}"
-    if seen.kind == "advance":
-        return "advance", f"{seen.partition}-{seen.offset}-{seen.clock}"
-    return "total", seen.identifier
+    names = {
+        "advance": f"{seen.partition}-{seen.offset}-{seen.clock}",
+        "command": f"{seen.identifier}:{seen.action}:{seen.at}",
+        "rejection": f"{seen.identifier}:rejection:{seen.report}",
+        "report": seen.report,
+        "comparison": f"comparison:{seen.at}",
+    }
+    return (seen.kind, names[seen.kind]) if seen.kind in names else ("total", seen.identifier)

@@ -80,6 +80,7 @@ _READ: Final = (
     'SELECT 0, "offset", key, appended_at, value, redriven_at FROM {} WHERE "offset" > ? ORDER BY "offset" LIMIT ?'
 )
 _OLDEST: Final = 'SELECT "offset", appended_at FROM {} WHERE "offset" < ? ORDER BY "offset" LIMIT ?'
+_FROM: Final = 'SELECT "offset", appended_at FROM {} WHERE "offset" >= ? ORDER BY "offset" LIMIT 1'
 _EXPIRE: Final = 'DELETE FROM {} WHERE "offset" <= ?'
 
 
@@ -245,6 +246,18 @@ class SqliteStore:
     def settled(self, log: Log) -> dict[int, int]:
         """The same: what can be read has been committed."""
         return self.ends(log)
+
+    def since(self, log: Log, time: int) -> dict[int, int]:
+        """The first offset of a record that was appended at a time or later: by bisection, for there is no index."""
+        low, high = 1, self.end(log)
+        while low < high:
+            middle = (low + high) // 2
+            rows = self._query(_FROM.format(log), (middle,))
+            if not rows or rows[0][1] >= time:
+                high = middle
+            else:
+                low = rows[0][0] + 1
+        return {0: low}
 
     def shortened(self, log: Log) -> set[int]:
         """The one partition, where its first records are not kept any more."""

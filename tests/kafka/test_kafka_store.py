@@ -16,6 +16,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, Final, cast
 
+import msgspec
 import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary_event
 from cloudevents.core.formats.json import JSONFormat
@@ -829,7 +830,10 @@ def test_the_logs_can_be_read_as_cloud_events(pipeline: Pipeline) -> None:
             Append(Log.DEAD_LETTERS, b"2", deadletters.encode(letter)),
         ]
         store.commit(AGGREGATE, {0: Changes(1, appends=appends)})
-    append(pipeline.client, pipeline.topics, [Append(Log.TOTALS, b"cus_a", totals.encode(command))])
+    rejection = totals.Rejection(TOTAL.identifier, TOTAL.identifier, "code", "why", "evt_1", 1, msgspec.Raw(b"null"))
+    report = totals.Report("evt_1", 1, "ai_tokens", 0, 10, {"code": 1}, 1)
+    given = (command, rejection, report)
+    append(pipeline.client, pipeline.topics, [Append(Log.TOTALS, b"cus_a", totals.encode(each)) for each in given])
 
     here = f"/tallyman/{pipeline.facts.pipeline}"
     assert sorted(events_of(pipeline, Log.TOTALS)) == sorted(
@@ -837,6 +841,8 @@ def test_the_logs_can_be_read_as_cloud_events(pipeline: Pipeline) -> None:
             (TOTAL.identifier, f"{here}/totals", "tallyman.total.v1"),
             ("1-17-1793000300000", f"{here}/totals", "tallyman.advance.v1"),
             (f"{TOTAL.identifier}:release:1793000400000", f"{here}/totals", "tallyman.command.v1"),
+            (f"{TOTAL.identifier}:rejection:evt_1", f"{here}/totals", "tallyman.rejection.v1"),
+            ("evt_1", f"{here}/totals", "tallyman.report.v1"),
         ]
     )
     assert events_of(pipeline, Log.OUTCOMES) == [

@@ -123,6 +123,28 @@ def test_every_total_is_shown_once_with_where_it_stands_and_decisions_are_applie
     }
 
 
+def test_what_was_appended_since_a_time_is_read_from_there_on(desk: Desk) -> None:
+    desk.close(*(total(n, f"cus{n}") for n in range(6)))
+    between = real_now() + 1
+    until(lambda: real_now() > between, "time goes by")
+    with desk.archive() as archive:
+        middle = archive.ends(Log.TOTALS)
+    desk.close(*(total(n, f"cus{n}") for n in range(6, 12)))
+    with desk.archive() as archive:
+        everything = archive.since(Log.TOTALS, T0 * 1000)
+        assert len(list(archive.logged(Log.TOTALS, everything))) == len(list(archive.logged(Log.TOTALS)))
+        later = archive.since(Log.TOTALS, between)
+        names = {r.identifier for r in map(decoded, archive.logged(Log.TOTALS, later)) if isinstance(r, totals.Total)}
+        assert names == {f"tm1-{n}-cus{n}" for n in range(6, 12)}
+        assert all(later[partition] <= end for partition, end in middle.items()), "a transaction's marker is no record"
+        assert archive.since(Log.TOTALS, real_now() + HOUR) == archive.ends(Log.TOTALS)
+        assert archive.since(Log.DEAD_LETTERS, T0 * 1000) == archive.ends(Log.DEAD_LETTERS)
+
+
+def decoded(record: Logged) -> totals.Record:
+    return totals.decode(record.value)
+
+
 def test_a_decision_lies_behind_its_total_in_the_same_partition(desk: Desk) -> None:
     desk.close(*(total(n, f"lost{n}") for n in range(12)))
     desk.deliver()

@@ -148,6 +148,22 @@ class TestLogs:
         assert service.expire(Log.OUTCOMES, before_ms=5, below_offset=100) == 1
         assert [row.offset for row in service.read(Log.OUTCOMES, 0, 10)] == [2, 3]
 
+    def test_what_was_appended_since_a_time_is_found_among_what_is_left(
+        self, service: SqliteStore, clock: Clock
+    ) -> None:
+        begin, offsets = clock.now, dict[int, int]()
+        for number in range(1, 38):
+            clock.now = begin + number // 3 * 1000
+            service.commit(Stage.AGGREGATE, numbered(number))
+            offsets.setdefault(clock.now, number)
+        assert service.expire(Log.OUTCOMES, begin + 2000, service.end(Log.OUTCOMES)) == 5
+        for at, first in offsets.items():
+            for asked in (at - 999, at):
+                (start,) = service.since(Log.OUTCOMES, asked).values()
+                assert [each.offset for each in service.logged(Log.OUTCOMES, {0: start})][:1] == [max(first, 6)]
+        assert service.since(Log.OUTCOMES, clock.now + 1) == service.ends(Log.OUTCOMES)
+        assert service.since(Log.DEAD_LETTERS, begin) == service.ends(Log.DEAD_LETTERS)
+
     def test_the_offset_of_an_expired_record_is_not_given_again(self, path: Path, clock: Clock) -> None:
         with SqliteStore.open(path, now=clock, create=True, lock=True) as store:
             store.append([Append(Log.TOTALS, b"k", b"")] * 3)
