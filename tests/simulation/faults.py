@@ -636,22 +636,6 @@ def _mark_forgotten() -> Iterator[None]:
 
 
 @fault(
-    "what is restored is tried again before a commit",
-    "Who has lost the partition without knowing it sends what its owner is about to try: that looks like a collision.",
-    within=150,
-)
-def _tried_before_commit() -> Iterator[None]:
-    restore = Delivery.restore
-
-    def at_once(self: Delivery, *left: Any) -> None:
-        restore(self, *left)
-        self._ours = True
-
-    with patch.object(Delivery, "restore", at_once):
-        yield
-
-
-@fault(
     "every partition has a gate of its own",
     "Stripe takes the key no more, and each partition knocks for itself.",
     within=40,
