@@ -26,6 +26,7 @@ from consumer.deliver.entries import (
     is_total,
     outcome,
     pack,
+    refused,
     rejects,
     unpack,
 )
@@ -318,9 +319,9 @@ class Delivery:
         elif identifier in self._seats:
             self._note(now, identifier, f"the report {rejection.report} of Stripe names it, and it has not been sent")
         elif self._keep(rejection):
-            refused = decode_outcome(bytes(rejection.outcome))
-            self.ledger.reject(refused)
-            self._journal.append(refused)
+            taken_back = decode_outcome(bytes(rejection.outcome))
+            self.ledger.reject(taken_back)
+            self._journal.append(taken_back)
 
     def _keep(self, noted: Noted) -> bool:
         """Whether it was not known yet."""
@@ -584,10 +585,10 @@ class Delivery:
     ) -> None:
         key = attempt.key if attempt else None
         rejected = next((each for each in entry.rejected if rejects(how, key, entry.identifier, each.key)), None)
+        finished = outcome(entry, how, now, key=key, command=command)
         if rejected is not None:
-            how = "refused"
-        self.ledger.finish(entry.total, how)
-        finished = outcome(entry, how, now, key=key, command=command, reason=rejected.why if rejected else None)
+            finished = refused(finished, rejected.why, now)
+        self.ledger.finish(entry.total, finished.how)
         self._journal.finish(finished)
         if rejected is not None:
             # So that one more report of it moves nothing.

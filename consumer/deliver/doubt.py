@@ -147,8 +147,8 @@ def finished(outcome: Outcome) -> tuple[tuple[Place, Piece] | None, dict[Place, 
     place = place_of(outcome.stripe_customer, name, stamp)
     if outcome.how in BILLED:
         return (place, piece), _grouped(maybe)
-    # Discarded by a version that kept no decisions, or refused after it was delivered.
-    if outcome.how == "refused" or (outcome.first_unproven is not None and not outcome.decisions):
+    # Discarded by a version that kept no decisions, or refused after it was delivered, and perhaps there all the same.
+    if outcome.first_unproven is not None and (outcome.how == "refused" or not outcome.decisions):
         maybe.append((place, piece))
     return None, _grouped(maybe)
 

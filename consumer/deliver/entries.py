@@ -243,9 +243,8 @@ def outcome(
     *,
     key: str | None = None,
     command: Command | None = None,
-    reason: str | None = None,
 ) -> Outcome:
-    """What became of a total: the attempt with this key ended it, or this command, or what Stripe reported of it."""
+    """What became of a total: the attempt with this key ended it, or this command."""
     total = entry.total
     value = scaled(total.value)
     billed = for_stripe(value) if how in BILLED else 0
@@ -272,7 +271,7 @@ def outcome(
         key=key,
         first_unproven=entry.first_unproven,
         by=command.by if command else None,
-        reason=command.reason if command else reason,
+        reason=command.reason if command else None,
         generation=entry.generation,
         billed_as=entry.identifier if how in BILLED and entry.generation > 1 else None,
         decisions=tuple(entry.decisions),
@@ -297,8 +296,16 @@ def rejects(how: How, key: str | None, billed_as: str, rejected: str) -> bool:
 
 
 def refused(outcome: Outcome, why: str, at: int) -> Outcome:
-    """What becomes of a total that was billed, when Stripe rejects its event."""
-    return msgspec.structs.replace(outcome, how="refused", at=at, billed="0", rounded="0", reason=why)
+    """What becomes of a total that was billed, when Stripe rejects its event.
+
+    Where the last attempt was taken, no earlier one can have been: an identifier is taken once. Where it heard "already
+    exists", one of the earlier ones was, and whether that is the rejected one is not certain: nobody knows whether an
+    identifier is free again when its event is rejected.
+    """
+    doubt = outcome.first_unproven if outcome.how == "duplicate" else None
+    return msgspec.structs.replace(
+        outcome, how="refused", at=at, billed="0", rounded="0", reason=why, first_unproven=doubt
+    )
 
 
 _outcome_encoder = msgspec.json.Encoder()

@@ -189,8 +189,9 @@ def _generations(found: Outcome | Entry | Total, decisions: list[Decision]) -> I
         elif isinstance(found, Total):
             yield Generation(name, "no")
         elif isinstance(found, Outcome):
-            there = found.how in BILLED
-            yield Generation(name, "yes" if there else "no", found.attempts, found.stripe_customer)
+            maybe = found.how == "refused" and found.first_unproven is not None
+            there: Literal["yes", "maybe", "no"] = "yes" if found.how in BILLED else "maybe" if maybe else "no"
+            yield Generation(name, there, found.attempts, found.stripe_customer)
         else:
             maybe = found.first_unproven is not None
             yield Generation(name, "maybe" if maybe else "no", found.attempts, found.customer, found.first_unproven)

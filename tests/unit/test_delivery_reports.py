@@ -5,6 +5,7 @@ import pytest
 
 from consumer.deliver.answers import Answer, Lost
 from consumer.deliver.delivery import Attempt
+from consumer.deliver.doubt import finished, place_of
 from consumer.deliver.entries import EntryError, encode_outcome, refused, rejects, total_of
 from consumer.deliver.reports import unanswered
 from consumer.totals import Compared, Comparison, Rejection, Report, encode
@@ -45,6 +46,7 @@ def test_what_was_delivered_and_is_rejected_is_refused() -> None:
     assert [each.how for each in world.outcomes] == ["delivered", "refused"]
     last = world.outcomes[-1]
     assert (last.billed, last.value, last.reason) == ("0", "5", WHY)
+    assert last.first_unproven is None, "the attempt that was taken is the one that was rejected: nothing is left"
     book = world.delivery.ledger.books["ai-tokens"]
     assert (book.delivered.totals, book.refused.totals) == (0, 1)
     assert (book.delivered.value, book.refused.events) == (0, 3)
@@ -139,6 +141,17 @@ def test_which_event_bills_a_total(
     how: str, key: str | None, billed_as: str, rejected: str, *, taken_back: bool
 ) -> None:
     assert rejects(how, key, billed_as, rejected) is taken_back  # type: ignore[arg-type]  # words, as parameters
+
+
+@pytest.mark.parametrize(("how", "left"), [("delivered", False), ("duplicate", True)])
+def test_what_may_be_left_of_a_rejected_total(how: str, *, left: bool) -> None:
+    """Of several attempts of which one was taken, nobody knows which one that was, nor whether another one followed."""
+    world, _ = delivered()
+    billed = msgspec.structs.replace(world.outcomes[0], how=how, attempts=3)
+    assert billed.first_unproven is not None
+    taken_back = refused(billed, WHY, world.now)
+    assert (taken_back.first_unproven is not None) is left
+    assert [*finished(taken_back)[1]] == ([place_of("cus_alice", "ai_tokens", billed.timestamp)] if left else [])
 
 
 @pytest.mark.parametrize(
