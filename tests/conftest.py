@@ -19,6 +19,8 @@ settings.load_profile("tallyman")
 _LOUD = {
     "no real Kafka: ": "NOTHING WAS TESTED ON A REAL KAFKA",
     "no stripe-mock: ": "NO REQUEST WAS COMPARED WITH STRIPE'S SPECIFICATION",
+    "no helm: ": "THE CHART WAS NOT RENDERED",
+    "no image: ": "THE IMAGE WAS NEITHER BUILT NOR RUN",
 }
 """How the reason begins for which a test is skipped, and what that comes to."""
 

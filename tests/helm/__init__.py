@@ -1,0 +1,1 @@
+"""The chart and the image, shown by the tools that people use them with."""
