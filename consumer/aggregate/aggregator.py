@@ -78,6 +78,8 @@ class Aggregator:
         self._changed = False
         self._restore(entries, rules.deduplicate_for)
         self._interval_end = self._remembered.enter(self.book.arrival)
+        # What is accepted although nobody would remember it is accepted whenever it was.
+        known_from = {m.name: self.book.known_from for m in rules.meters if m.accept_late <= rules.deduplicate_for}
         self._decoder = Decoder(
             {path for meter in rules.meters for path in paths_of(meter)},
             {meter.customer for meter in rules.meters if isinstance(meter.customer, str)},
@@ -88,6 +90,7 @@ class Aggregator:
                 meter,
                 edition=meter.edition(settle=rules.settle, deduplicate_for=rules.deduplicate_for),
                 settle=rules.settle,
+                known_from=known_from.get(meter.name, 0),
                 decoder=self._decoder,
                 buckets=self._buckets,
                 book=self._meter_books.setdefault(meter.name, MeterBook()),
@@ -101,6 +104,8 @@ class Aggregator:
         }
         """Per type of which every event counts in one meter, how it is counted there."""
         self._accept_late = min((meter.accept_late for meter in rules.meters), default=0)
+        self._earliest = max((self._bill_from, *known_from.values()))
+        """The event time before which nothing is plain."""
 
     # Reading
 
@@ -119,7 +124,7 @@ class Aggregator:
         typed, only, seconds, rests = self._decoder.typed, self._only, events.SECONDS, events.RESTS
         seen, fresh, prefixes = remembered.seen, remembered.fresh, PREFIXES
         arrival, interval = book.arrival, remembered.interval
-        earliest, latest = max(self._bill_from, arrival - self._accept_late), arrival + FUTURE
+        earliest, latest = max(self._earliest, arrival - self._accept_late), arrival + FUTURE
         taken = general = 0
         for record in records:
             offset, (stamp_type, stamp), key, headers, value = record
@@ -127,7 +132,7 @@ class Aggregator:
                 if stamp <= ahead:
                     self._arrived(stamp)
                     arrival, interval = stamp, remembered.interval
-                    earliest, latest = max(self._bill_from, arrival - self._accept_late), arrival + FUTURE
+                    earliest, latest = max(self._earliest, arrival - self._accept_late), arrival + FUTURE
                 elif stamp_type == LOG_APPEND_TIME:
                     break
             taken += 1
@@ -187,7 +192,7 @@ class Aggregator:
         if remembered.has(digest):
             self.book.duplicate += 1
         else:
-            for meter, customer, quantity in read_by_all(meters, event, self.book.arrival - at):
+            for meter, customer, quantity in read_by_all(meters, event, at, self.book.arrival - at):
                 meter.count(at, offset, None, customer, quantity)
             self.book.counted += 1
         return remembered.remember(digest)
@@ -339,6 +344,9 @@ class Aggregator:
         self._buckets.restore(rows)
         # An event may be dated ahead of its arrival, and is accepted that much longer: longer than deduplicate_for.
         self._remembered = Remembered(deduplicate_for + FUTURE, chunks)
+        if 0 < self.book.deduplicate_for < deduplicate_for:
+            self.book.known_from = max(self.book.known_from, self.book.arrival - self.book.deduplicate_for)
+        self.book.deduplicate_for = deduplicate_for
         self.check()
 
     def check(self) -> None:

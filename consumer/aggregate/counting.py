@@ -40,8 +40,8 @@ class Counting:
     """One meter, compiled; its buckets and books are the partition's."""
 
     __slots__ = (
-        "_accept_late", "_book", "_buckets", "_customer", "_edition", "_grace", "_meter", "_partition", "_quantity",
-        "_settle", "book", "count", "matches",
+        "_accept_late", "_book", "_buckets", "_customer", "_edition", "_grace", "_known_from", "_meter", "_partition",
+        "_quantity", "_settle", "book", "count", "matches",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +50,7 @@ class Counting:
         *,
         edition: bytes,
         settle: int,
+        known_from: int,
         decoder: Decoder,
         buckets: Buckets,
         book: MeterBook,
@@ -59,6 +60,7 @@ class Counting:
         self._edition = edition
         self._grace = meter.size + meter.lateness
         self._accept_late = meter.accept_late
+        self._known_from = known_from
         self._settle = settle
         self._buckets = buckets
         self._book = book
@@ -69,13 +71,17 @@ class Counting:
         self._quantity = quantity.read
         self.count, self.book = self._compiled(customer_getter(meter, decoder), quantity)
 
-    def read(self, event: Event, age: int) -> tuple[str, int]:
-        """For whom this meter would count how much; ``age`` is how long before its arrival the event took place.
+    def read(self, event: Event, at: int, age: int) -> tuple[str, int]:
+        """For whom this meter would count how much; the event took place then, ``age`` before its arrival.
 
         Raises ``Uncountable``. Nothing is counted yet: an event is counted by all its meters or by none.
         """
         if age > self._accept_late:
             raise Uncountable("late", f"it arrived {age / HOUR:.1f} h after its event time, beyond accept_late")
+        if at < self._known_from:
+            raise Uncountable(
+                "late", "it may have been counted before: deduplicate_for was shorter when it was new"
+            )
         if age < -FUTURE:
             raise Uncountable("future", f"its event time is {-age / MINUTE:.0f} minutes after its arrival")
         return self._customer(event), self._quantity(event)
@@ -176,11 +182,11 @@ class Counting:
         return self._buckets.bucket(self._edition, start, revision, header)
 
 
-def read_by_all(meters: Sequence[Counting], event: Event, age: int) -> list[tuple[Counting, str, int]]:
+def read_by_all(meters: Sequence[Counting], event: Event, at: int, age: int) -> list[tuple[Counting, str, int]]:
     """What each of several meters would count. Raises ``Uncountable`` where one of them cannot, and then none does."""
     rounded = [meter.rounded for meter in meters]
     try:
-        return [(meter, *meter.read(event, age)) for meter in meters]
+        return [(meter, *meter.read(event, at, age)) for meter in meters]
     except Uncountable:
         for meter, before in zip(meters, rounded, strict=True):
             meter.rounded = before

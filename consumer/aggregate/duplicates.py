@@ -62,10 +62,10 @@ class Remembered:
         self._unsaved: dict[int, int] = {}
         """Per interval, the first chunk that the store does not have as it is."""
         self._dropped: list[Name] = []
-        # Those of today's width come last: what they say of an id is newer.
-        for name, packed in sorted(chunks, key=lambda chunk: (chunk.name.width == self._width, chunk.name)):
+        # In the order of their ends, so that the last thing said of an id is the newest.
+        for name, packed in sorted(chunks, key=lambda chunk: (_end(chunk.name), chunk.name)):
             digests = _little_endian(array("Q", packed))
-            interval = ((name.interval + 1) * name.width - 1) // self._width
+            interval = (_end(name) - 1) // self._width
             if name.width == self._width:
                 self._chunks.setdefault(interval, []).append(digests)
                 self.interval = interval
@@ -132,6 +132,11 @@ class Remembered:
             for digest in digests:
                 if self.seen.get(digest) == interval:
                     del self.seen[digest]
+
+
+def _end(name: Name) -> int:
+    """When its interval ends, in milliseconds."""
+    return (name.interval + 1) * name.width
 
 
 def _little_endian(digests: "array[int]") -> "array[int]":

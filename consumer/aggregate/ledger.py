@@ -43,6 +43,11 @@ class PartitionBook:
     dead: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     unkeyed: int = 0
+    deduplicate_for: int = 0
+    """Milliseconds: for how long ids were remembered when this was written."""
+    known_from: int = 0
+    """Milliseconds: of events that took place before, ids may have been forgotten, because ``deduplicate_for`` was
+    shorter then."""
 
     def balanced(self) -> bool:
         """Whether every record consumed is accounted for."""

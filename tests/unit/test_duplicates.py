@@ -4,6 +4,7 @@ from array import array
 
 import pytest
 
+from consumer.aggregate.aggregator import Rules
 from consumer.aggregate.duplicates import IDS_PER_CHUNK, INTERVALS, Chunk, Name, Remembered
 from tests.unit.stage1 import DAY, HOUR, MINUTE, SECOND, T0, Stage1, event, meter, rules
 
@@ -235,4 +236,50 @@ def test_with_a_shorter_memory_ids_are_remembered_as_long_as_it_says() -> None:
     stage.send(event("1"), arrival + 12 * HOUR)
     assert stage.aggregator.book.duplicate == 1
     stage.send(event("1"), arrival + 25 * HOUR)
+    assert stage.aggregator.book.counted == 2
+
+
+def test_an_id_is_remembered_from_its_last_arrival_on_wherever_that_was_noted() -> None:
+    """The setting was changed and changed back: what was noted in between is newer than what was noted before."""
+    stage = Stage1(rules(ALWAYS))
+    stage.send(event("1"), T0)
+    stage.configure(rules(ALWAYS, deduplicate_for=12 * HOUR))
+    stage.send(event("1"), T0 + 10 * HOUR)
+    stage.configure(rules(ALWAYS))
+    stage.send(event("1"), T0 + 30 * HOUR)
+    assert stage.aggregator.book.counted == 1
+
+
+@pytest.mark.parametrize("steps", [(HOUR, DAY), (DAY, HOUR, DAY), (HOUR, 2 * HOUR, DAY), (HOUR, DAY, HOUR, DAY)])
+def test_a_longer_memory_does_not_count_what_the_shorter_one_has_forgotten(steps: tuple[int, ...]) -> None:
+    """`accept_late` was raised with it, so that an event of this morning would be in time, and known to nobody."""
+
+    def of(deduplicate_for: int) -> Rules:
+        return rules(meter(accept_late=deduplicate_for), deduplicate_for=deduplicate_for)
+
+    stage = Stage1(of(steps[0]))
+    stage.send(event("old", T0), T0)
+    for number, deduplicate_for in enumerate(steps):
+        stage.configure(of(deduplicate_for))
+        arrival = T0 + (5 + number) * HOUR
+        stage.send(event(f"new-{number}", arrival), arrival)
+    last = T0 + (6 + len(steps)) * HOUR
+    stage.send(event("old", T0), last)
+    assert stage.dead == {"late": 1}, "it is kept, for somebody who knows better"
+    stage.send(event("new-0", T0 + 5 * HOUR), last)
+    stage.send(event(f"new-{len(steps) - 1}", arrival), last)
+    stage.send(event("first", arrival), last)
+    assert stage.aggregator.book.counted == len(steps) + 2, "what has come since, or would be remembered, is in time"
+    stage.commit()
+    stage.crash()
+    stage.send(event("old", T0), last + HOUR)
+    assert stage.aggregator.book.counted == len(steps) + 2
+
+
+def test_who_accepts_what_nobody_remembers_goes_on_doing_so() -> None:
+    """With an `accept_late` beyond `deduplicate_for` it was never promised that old events count once."""
+    stage = Stage1(rules(ALWAYS, deduplicate_for=HOUR))
+    stage.send(event("1", T0 + 5 * HOUR), T0 + 5 * HOUR)
+    stage.configure(rules(ALWAYS))
+    stage.send(event("2", T0), T0 + 6 * HOUR)
     assert stage.aggregator.book.counted == 2
