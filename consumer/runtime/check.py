@@ -15,7 +15,7 @@ from consumer.runtime.source import Source, SourceError, Topic
 from consumer.storage import Facts, Stage, StorageError
 from consumer.storage.kafka_archive import told
 from consumer.storage.kafka_reading import ends_of, members_of
-from consumer.storage.kafka_start import check_empty, positions
+from consumer.storage.kafka_start import check_empty, newest, positions
 from consumer.storage.kafka_topics import Topics, faults, present
 from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import held_by
@@ -203,8 +203,7 @@ def _in_topics(config: Config, topic: Topic) -> _State:
                 f"partition {partition} of {topics.totals} {read}: totals or the state of stage 2 were lost. Bring the "
                 "topics back from a backup; `tallyman reset --bill-from T` starts over with events from T on."
             )
-    facts = max((position.facts for position in at.values()), key=lambda each: each.partitions)
-    return _State(topics.aggregate_state, facts, {partition: each.offset for partition, each in at.items()})
+    return _State(topics.aggregate_state, newest(at), {partition: each.offset for partition, each in at.items()})
 
 
 def _stripe(config: Config, clock: Clock) -> Iterator[Finding]:

@@ -17,10 +17,9 @@ from consumer.runtime.membership import Member
 from consumer.runtime.reporter import State
 from consumer.runtime.source import Source, SourceError, Topic
 from consumer.runtime.totals_log import KafkaTotals
-from consumer.storage import Facts, Log, Progress, Stage, StorageError, Unreachable
+from consumer.storage import Facts, Progress, Stage, StorageError, Unreachable
 from consumer.storage.kafka import KafkaStore
-from consumer.storage.kafka_reading import log_sizes
-from consumer.storage.kafka_start import begin, grow, positions, recorded
+from consumer.storage.kafka_start import begin, grow, newest, positions, recorded
 from consumer.storage.kafka_topics import Topics, ensure
 
 log = structlog.get_logger()
@@ -61,14 +60,13 @@ def ground(config: Config, clock: Clock, source: Source, topic: Topic, stages: f
             return left.offset, list(left.entries)
 
         return Ground(
-            facts=facts,
             store=store,
             memberships=members,
             aggregator=aggregator,
             delivery=delivery,
             unread=unread,
             ahead=ahead,
-            spread=log_sizes(client, topics)[Log.TOTALS],
+            spread=store.spread,
             ends=None,
             expire=None,
             close=opened.pop_all().close,
@@ -81,7 +79,7 @@ def _begun(config: Config, clock: Clock, source: Source, topic: Topic, topics: T
     # First: what others read meanwhile must not lie beyond the ends that are asked for then.
     at = positions(client, topics, Stage.AGGREGATE)
     found = start.Found(topic, source.group, source.beginnings(everywhere), source.ends(everywhere), {})
-    facts = max((each.facts for each in at.values()), key=lambda each: each.partitions, default=None)
+    facts = newest(at)
     if facts is None:
         now = clock.now()
         bill_from = start.first_start(config.pipeline, config.bill_from, found, now, place=place)

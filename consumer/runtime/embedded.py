@@ -48,7 +48,6 @@ def ground(config: Config, clock: Clock, source: Source, topic: Topic, store: Sq
 
     unread = SqliteTotals(store)
     return Ground(
-        facts=facts,
         store=store,
         memberships={Stage.AGGREGATE: Alone(topic.partitions), Stage.DELIVER: Alone(1)},
         aggregator=aggregator,

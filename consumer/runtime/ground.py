@@ -8,14 +8,13 @@ from consumer.runtime.membership import Membership
 from consumer.runtime.reporter import State
 from consumer.runtime.source import Ends
 from consumer.runtime.totals_log import TotalsLog
-from consumer.storage import Facts, Progress, Stage, Store
+from consumer.storage import Progress, Stage, Store
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
     """A pipeline that has begun, and this process's way to it."""
 
-    facts: Facts
     store: Store
     memberships: Mapping[Stage, Membership]
     """Of the stages that this process runs."""

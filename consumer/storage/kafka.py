@@ -48,6 +48,8 @@ class KafkaStore:
         self._facts = facts
         self._members = dict(members)
         self._logs = log_sizes(self._client, self.topics)
+        self.spread = self._logs[Log.TOTALS]
+        """How many partitions the totals log has."""
         self._sequences: dict[tuple[Stage, int], int] = {}
         self._restores: dict[tuple[Stage, int], object] = {}
         self._lock = Lock()
@@ -142,7 +144,7 @@ class KafkaStore:
                 yield Record(topic, partition, key, value)
             for key in changed.deletes:
                 yield Record(topic, partition, key, None)
-            position = Position(changed.offset, sequences[partition], self._logs[Log.TOTALS], self._facts)
+            position = Position(changed.offset, sequences[partition], self.spread, self._facts)
             yield Record(topic, partition, POSITION_KEY, encode_position(position))
             yield from _appended(self.topics, self._logs, changed.appends)
 
@@ -161,9 +163,9 @@ class KafkaStore:
         ours, theirs = _identity(self._facts), _identity(position.facts)
         if ours != theirs:
             raise StorageError(f"{place} belongs to {theirs}, and this is {ours}. {anew}")
-        if position.spread != self._logs[Log.TOTALS]:
+        if position.spread != self.spread:
             raise StorageError(
-                f"{self.topics.totals} had {position.spread} partitions and has {self._logs[Log.TOTALS]}: customers "
+                f"{self.topics.totals} had {position.spread} partitions and has {self.spread}: customers "
                 f"would move to others while their totals are on the way. {anew}"
             )
 

@@ -21,8 +21,12 @@ TAIL: Final = 64
 
 def recorded(client: Mapping[str, Any], topics: Topics) -> Facts | None:
     """What the pipeline's state belongs to, or None before its first start."""
-    found = [position.facts for position in positions(client, topics, Stage.AGGREGATE).values()]
-    return max(found, key=lambda facts: facts.partitions) if found else None
+    return newest(positions(client, topics, Stage.AGGREGATE))
+
+
+def newest(at: Mapping[int, Position]) -> Facts | None:
+    """What positions say that the state belongs to: the partitions that came last know of all. None without any."""
+    return max((each.facts for each in at.values()), key=lambda facts: facts.partitions, default=None)
 
 
 def positions(client: Mapping[str, Any], topics: Topics, stage: Stage) -> dict[int, Position]:
