@@ -25,7 +25,7 @@ from consumer.deliver import reconciling
 from consumer.runtime import reconcile as comparing
 from consumer.runtime import service, stripe_reads
 from consumer.runtime import setup as preparing
-from consumer.runtime.reconcile import Compared, Day, Part
+from consumer.runtime.reconcile import Compared, Day, Part, Reported
 from consumer.runtime.start import shown
 
 _PLAIN: Final = preparing.Terms()
@@ -121,8 +121,13 @@ def reconcile(
     """Compare what was delivered with what Stripe counts, by meter, customer and UTC day.
 
     Since three days ago unless --since says otherwise. One call to Stripe tells of one customer and meter; where there
-    are more than --budget, those with totals in doubt come first, then those that changed, then the others, in another
-    order every day. What is too recent to differ is shown as open. Exit code 1: something differs.
+    are more than --budget, those whom Stripe reported errors of come first, then those with totals in doubt, those that
+    changed, and the others, in another order every day. What is too recent to differ is shown as open. Exit code 1:
+    something differs.
+
+    With stripe.mode: shadow it is what would have been billed, beside what somebody else bills today.
+
+    What it finds of the last three days or more, of all customers, is in the service's metrics.
 
     Example: `tallyman reconcile --since 7d --budget 1000`
     """
@@ -130,6 +135,7 @@ def reconcile(
     key = service.stripe_key(given)
     now = CLOCK.now()
     span = reconciling.span(now - _SINCE_MS if since is None else since, now if until is None else until)
+    whole = customer is None and until is None and (since is None or since <= now - _SINCE_MS)
     names = None if meter is None else frozenset({_event_name(given, meter)})
     stripe = given.stripe
     with (
@@ -151,11 +157,15 @@ def reconcile(
                 progress=counted.tell,
             )
         ]
-    if as_json:
+        if as_json:
+            for each in found:
+                show.json_line(each)
+        else:
+            _show(found)
         for each in found:
-            show.json_line(each)
-    else:
-        _show(found)
+            # A part of it would pass for all.
+            if isinstance(each, Compared) and whole:
+                comparing.note(store, each)
     if any(isinstance(each, Compared) and each.differs for each in found):
         raise typer.Exit(1)
 
@@ -169,10 +179,13 @@ def _event_name(config: Config, meter: str) -> str:
 
 def _show(found: Iterable[Day | Compared]) -> None:
     """What is not equal, the hours of what differs, and how much that was of all."""
+    found = list(found)
     days = [each for each in found if isinstance(each, Day)]
+    shadow = any(isinstance(each, Compared) and each.mode == "shadow" for each in found)
+    ours = "would have been billed" if shadow else "delivered"
     if days:
         show.table(
-            ("meter at Stripe", "customer", "day", "delivered", "Stripe", "difference", "", ""),
+            ("meter at Stripe", "customer", "day", ours, "Stripe", "difference", "", ""),
             (
                 (
                     each.event_name,
@@ -192,7 +205,7 @@ def _show(found: Iterable[Day | Compared]) -> None:
     for day in days:
         for hour in day.hours:
             typer.echo(
-                f"\n{day.customer}, {day.event_name}, {shown(hour.start * 1000)}: {hour.ours} delivered, "
+                f"\n{day.customer}, {day.event_name}, {shown(hour.start * 1000)}: {hour.ours} {ours}, "
                 f"{hour.stripe} at Stripe"
             )
             show.table(
@@ -226,4 +239,20 @@ def _compared(all_: Compared) -> str:
     )
     if all_.not_asked:
         text += f"\n{all_.not_asked} customers were left out: raise --budget, or ask for less"
-    return text
+    if all_.shadowed != "0":
+        text += (
+            f"\n{all_.shadowed} was shadowed in these days, for somebody else to bill: a day is equal where Stripe has "
+            "what was delivered, with it or without it"
+        )
+    return "\n".join([text, *(_reported(each, all_) for each in all_.reported)])
+
+
+def _reported(each: Reported, all_: Compared) -> str:
+    errors = ", ".join(f"{number} {code}" for code, number in sorted(each.errors.items()))
+    since, until = shown(each.since * 1000)[:10], shown(each.until * 1000 - 1)[:10]
+    text = f"Stripe reported errors of {each.event_name or 'events that no meter takes'} ({errors})"
+    if each.event_name is None:
+        return text
+    if each.until <= all_.since or each.since >= all_.until:
+        return f"{text}: look at {since} to {until} too"
+    return f"{text}: customers with usage on {since} to {until} were asked first"

@@ -13,7 +13,7 @@ import xxhash
 from consumer.deliver import doubt
 from consumer.deliver.doubt import Piece, Place
 from consumer.deliver.entries import Entry, Outcome, State
-from consumer.totals import Total, for_stripe, scaled
+from consumer.totals import Report, Total, for_stripe, plain, scaled
 
 HOUR: Final = 3_600
 DAY: Final = 86_400
@@ -48,6 +48,8 @@ class Book(msgspec.Struct):
     """When the last of them was, in milliseconds since the epoch."""
     maybe: list[int] = []
     """What else may be at Stripe: totals in doubt."""
+    shadowed: int = 0
+    """What somebody else was to bill, where that is not what is compared."""
     coming: int = 0
     """How many totals may get there at any moment."""
 
@@ -85,24 +87,55 @@ def span(since: int, until: int) -> Span:
 # What is ours
 
 
-def pieces(record: Record, who: Who) -> tuple[tuple[Place, Piece] | None, dict[Place, list[Piece]]]:
-    """What of a total is surely at Stripe, and what may be or may get there at any moment."""
+class Pieces(NamedTuple):
+    """What of a total is at Stripe."""
+
+    sure: tuple[Place, Piece] | None = None
+    maybe: Mapping[Place, list[Piece]] = {}
+    """What may be there, or may get there at any moment."""
+    shadowed: tuple[Place, Piece] | None = None
+    """What somebody else was to bill."""
+
+    @property
+    def places(self) -> set[Place]:
+        """Where it has a part in Stripe's sum, or may have."""
+        return {*self.maybe, *(each[0] for each in (self.sure, self.shadowed) if each)}
+
+
+def pieces(record: Record, who: Who) -> Pieces:
+    """What of a total is at Stripe, or may be."""
     if isinstance(record, Outcome):
-        return doubt.finished(record)
+        return _finished(record)
     if isinstance(record, Entry):
         if record.state is State.PARKED:
-            return None, doubt.own(record)
+            return Pieces(maybe=doubt.own(record))
         customer = record.customer or who(record.total.customer)
-        return None, doubt.own(record) if customer is None else doubt.may_come(record, customer)
+        return Pieces(maybe=doubt.own(record) if customer is None else doubt.may_come(record, customer))
     customer = who(record.customer)
     if customer is None:
-        return None, {}
+        return Pieces()
     place = doubt.place_of(customer, record.stripe.event_name, record.timestamp)
-    return None, {place: [Piece(record.identifier, for_stripe(scaled(record.value)), None)]}
+    return Pieces(maybe={place: [Piece(record.identifier, for_stripe(scaled(record.value)), None)]})
 
 
-def books(records: Iterable[Record], within: Span, size: int, who: Who) -> Books:
-    """What is ours, by subject and hour or day (``size``, in seconds)."""
+def _finished(outcome: Outcome) -> Pieces:
+    found = Pieces(*doubt.finished(outcome))
+    if outcome.how not in {"shadowed", "refused"} or outcome.stripe_customer is None:
+        return found
+    place = doubt.place_of(outcome.stripe_customer, outcome.event_name, outcome.timestamp)
+    if outcome.how == "shadowed":
+        return found._replace(
+            shadowed=(place, Piece(outcome.identifier, for_stripe(scaled(outcome.value)), outcome.at))
+        )
+    # That nothing of it is there is to be compared as well.
+    return found._replace(sure=(place, Piece(outcome.identifier, 0, outcome.at)))
+
+
+def books(records: Iterable[Record], within: Span, size: int, who: Who, *, shadow: bool = False) -> Books:
+    """What is ours, by subject and hour or day (``size``, in seconds).
+
+    ``shadow``: what was shadowed is to be compared too, as if it had been delivered.
+    """
     found: Books = {}
 
     def book(place: Place) -> Book:
@@ -110,13 +143,16 @@ def books(records: Iterable[Record], within: Span, size: int, who: Who) -> Books
         return of.setdefault(place.minute // size * size, Book())
 
     for record in records:
-        sure, maybe = pieces(record, who)
+        delivered, maybe, shadowed = pieces(record, who)
+        sure = delivered or (shadowed if shadow else None)
         if sure is not None and sure[0].minute in within:
             place, piece = sure
             each = book(place)
             each.sure += piece.value
             each.totals += 1
             each.newest = max(each.newest, piece.newest or 0)
+        elif shadowed is not None and shadowed[0].minute in within:
+            book(shadowed[0]).shadowed += shadowed[1].value
         for place, several in maybe.items():
             if place.minute in within:
                 for piece in several:
@@ -130,21 +166,31 @@ def books(records: Iterable[Record], within: Span, size: int, who: Who) -> Books
 # What is asked
 
 
-def plan(known: Books, now: int) -> list[Subject]:
-    """In which order to ask, when not everybody can be: those with doubts, those that changed within a day, the others.
+def about(report: Report) -> Span:
+    """The days of the usage whose events Stripe reports on: of the days on which it looked at them, and of the one
+    before, for usage is sent after it was used."""
+    return Span(report.since // DAY * DAY - DAY, report.until // DAY * DAY + DAY)
+
+
+def plan(known: Books, now: int, reports: Iterable[Report] = ()) -> list[Subject]:
+    """In which order to ask, when not everybody can be: those whom Stripe reported errors of, as far as that is known,
+    those with doubts, those that changed within a day, the others.
 
     Within each of these the order is another one every day, so that all get their turn.
     """
     today = now // 1000 // DAY
+    reported = [(each.event_name, about(each)) for each in reports]
 
     def rank(subject: Subject) -> tuple[int, int]:
-        of = known[subject].values()
-        if any(book.maybe for book in of):
+        of = known[subject]
+        if any(name == subject.event_name and any(day in days for day in of) for name, days in reported):
             first = 0
-        elif any(book.coming or book.newest > now - DAY * 1000 for book in of):
+        elif any(book.maybe for book in of.values()):
             first = 1
-        else:
+        elif any(book.coming or book.newest > now - DAY * 1000 for book in of.values()):
             first = 2
+        else:
+            first = 3
         return first, xxhash.xxh64_intdigest("\0".join((str(today), *subject)).encode())
 
     return sorted(known, key=rank)
@@ -189,31 +235,45 @@ class Judgement(NamedTuple):
     why: str = ""
 
 
-def judge(ours: Book, stripe: Sum, *, end: int, now: int) -> Judgement:
-    """Compare an hour or a day that ends at ``end``, in seconds; ``now`` is in milliseconds, by Stripe's clock."""
+def judge(ours: Book, stripe: Sum, *, end: int, now: int, shadow: bool = False) -> Judgement:
+    """Compare an hour or a day that ends at ``end``, in seconds; ``now`` is in milliseconds, by Stripe's clock.
+
+    ``shadow``: ours is what would have been billed, and what Stripe has is somebody else's.
+    """
     difference = stripe.value - ours.sure
     if abs(difference) <= stripe.uncertainty:
         return Judgement(Standing.EQUAL)
-    if early := _early(ours, end, now):
+    if ours.shadowed and abs(difference - ours.shadowed) <= stripe.uncertainty:
+        return Judgement(Standing.EQUAL, "what was shadowed has been billed by somebody else")
+    if early := _early(ours, end, now, "shadowed" if shadow else "delivered"):
         return Judgement(Standing.OPEN, early)
     if difference > 0 and _reaches(ours.maybe, difference, stripe.uncertainty):
         return Judgement(
             Standing.DOUBT, "as much may be at Stripe of totals that are or were in doubt: see `tallyman parked list`"
         )
-    if difference > 0:
-        return Judgement(Standing.DIFFERS, "Stripe has more than was delivered: who else sends usage there?")
-    return Judgement(
-        Standing.DIFFERS, "Stripe has less than was delivered: events were rejected after they were taken, or cancelled"
-    )
+    why = (_LESS, _MORE)[difference > 0][shadow]
+    if ours.shadowed:
+        why += f" ({plain(ours.shadowed)} of that day was shadowed, for somebody else to bill)"
+    return Judgement(Standing.DIFFERS, why)
 
 
-def _early(ours: Book, end: int, now: int) -> str:
+_MORE: Final = (
+    "Stripe has more than was delivered: who else sends usage there?",
+    "Stripe has more than would have been billed: is all that is billed today counted here?",
+)
+_LESS: Final = (
+    "Stripe has less than was delivered: events were rejected after they were taken, or cancelled",
+    "Stripe has less than would have been billed: is there usage here that is not billed today?",
+)
+
+
+def _early(ours: Book, end: int, now: int, done: str) -> str:
     """Why it is too early to say that something is wrong; nothing where it is not."""
     if now < end * 1000 + LAG_MS:
         return "it is not over, or only just"
     if ours.coming:
         return "a total is on its way" if ours.coming == 1 else f"{ours.coming} totals are on their way"
-    return "delivered within the last hour, and Stripe's sums may lag" if now < ours.newest + LAG_MS else ""
+    return f"{done} within the last hour, and Stripe's sums may lag" if now < ours.newest + LAG_MS else ""
 
 
 def _reaches(values: Sequence[int], wanted: int, uncertainty: int) -> bool:

@@ -35,9 +35,14 @@ class Mapped:
         return len(self._customers)
 
     @property
+    def at_stripe(self) -> set[str]:
+        """The Stripe customers in it."""
+        return {each for each in self._customers.values() if each is not None}
+
+    @property
     def billed(self) -> int:
         """How many Stripe customers there are in it."""
-        return len({each for each in self._customers.values() if each is not None})
+        return len(self.at_stripe)
 
     def stripe_customer(self, name: str) -> str | None:
         """The Stripe customer, or None; raises ``UnmappedError``."""

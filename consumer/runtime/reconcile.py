@@ -1,11 +1,14 @@
 """Totals against Stripe: what was delivered beside what Stripe counts, by customer and day, within a budget of calls.
 
+In shadow it is what would have been delivered, and what Stripe counts is somebody else's.
+
 Our side is read from the logs, before Stripe and, where they differ, once more after it: what changed in between is
 open, not wrong. Differences are then narrowed down to hours, to the totals in them, and to where those came from.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -15,15 +18,19 @@ from consumer.deliver import reconciling
 from consumer.deliver.customers import Customers, UnmappedError
 from consumer.deliver.entries import Entry, Outcome
 from consumer.deliver.reconciling import DAY, HOUR, Book, Books, Judgement, Record, Span, Standing, Subject, Sum, Who
+from consumer.deliver.reports import unanswered
 from consumer.runtime import audit, customers
 from consumer.runtime.stripe_reads import BudgetSpent, NotThere, StripeReads
-from consumer.storage import Archive, Log
-from consumer.totals import Total, plain
+from consumer.storage import Append, Archive, Log, Stage
+from consumer.totals import Comparison, Report, Total, plain
 
 BUDGET: Final = 300
 """Calls by default: Stripe grants at least 10,000 reads a month, and this may be run every day."""
 
 MOST_DAYS: Final = reconciling.ROWS
+
+_KEY: Final = b"comparison"
+"""Of the records of comparisons: one partition has them all."""
 
 _NOT_THERE: Final = "Stripe knows no such meter or customer: was the customer deleted, or is the key another account's?"
 
@@ -70,11 +77,27 @@ class Day(msgspec.Struct, frozen=True, tag_field="kind", tag="day"):
     """Where it differs; empty where it was not asked."""
 
 
+class Reported(msgspec.Struct, frozen=True):
+    """Stripe has reported errors of a meter, and nobody has compared it since."""
+
+    event_name: str | None
+    """None where Stripe found no meter."""
+    since: int
+    until: int
+    """The days of the usage that it may be about, in seconds since the epoch."""
+    errors: dict[str, int]
+    """How many events were rejected, by code."""
+
+
 class Compared(msgspec.Struct, tag_field="kind", tag="compared"):
     """What was compared altogether."""
 
     since: int
     until: int
+    mode: Literal["send", "shadow"]
+    """With what Stripe's sums were compared: what was delivered; in shadow what was shadowed, too."""
+    at: int
+    """When it was begun, in milliseconds since the epoch."""
     calls: int = 0
     customers: int = 0
     """Customers and meters that were asked for."""
@@ -86,6 +109,11 @@ class Compared(msgspec.Struct, tag_field="kind", tag="compared"):
     open: int = 0
     doubt: int = 0
     differs: int = 0
+    shadowed: str = "0"
+    """What was shadowed in these days and is not compared, because it is somebody else's to bill."""
+    reported: tuple[Reported, ...] = ()
+    meters: dict[str, totals.Compared] = {}
+    """By Stripe event name."""
 
 
 class _Found(msgspec.Struct):
@@ -115,16 +143,43 @@ def reconcile(
     ``stripe`` has the same budget. Raises ``ReconcileRefused``, and what reading raises.
     """
     _check(config, store, span, stripe.now())
-    comparison = _Comparison(store, stripe, span, _who(config), budget)
+    names = frozenset(meter.stripe.event_name for meter in config.meters) if event_names is None else event_names
+    shadow = config.stripe.mode == "shadow"
+    comparison = _Comparison(store, stripe, span, _who(config), budget, shadow=shadow)
+    known = comparison.ours(DAY, audit.everything(store))
+    if shadow:
+        for subject in _mapped(config, names):
+            # Also of whom nothing was counted: today's billing may bill them.
+            known.setdefault(subject, {})
     known = {
         subject: days
-        for subject, days in comparison.ours(DAY, audit.everything(store)).items()
+        for subject, days in known.items()
         if (event_names is None or subject.event_name in event_names) and customer in {None, subject.customer}
     }
-    comparison.ask(known, progress)
+    reports = [each for each in _reports(store) if each.event_name is None or each.event_name in names]
+    comparison.ask(known, reports, progress)
     comparison.look_again()
     yield from comparison.days()
+    comparison.sum_up(known, names)
     yield comparison.compared
+
+
+def note(store: Archive, compared: Compared) -> None:
+    """Let the service know what was found: it shows it in its metrics."""
+    record = Comparison(compared.at, compared.meters)
+    store.append([Append(Log.TOTALS, _KEY, totals.encode(record))])
+
+
+def _reports(store: Archive) -> list[Report]:
+    entries = (store.restore(Stage.DELIVER, partition) for partition in store.ends(Log.TOTALS))
+    return unanswered(entry for restored in entries if restored for entry in restored.entries)
+
+
+def _mapped(config: Config, names: Iterable[str]) -> Iterator[Subject]:
+    """Everybody who is known to be billed."""
+    if isinstance(config.customers, CustomerFile):
+        known = customers.CustomerFile(config.customers.path).customers.at_stripe
+        yield from (Subject(name, customer) for name in names for customer in known)
 
 
 def _check(config: Config, store: Archive, span: Span, now: int) -> None:
@@ -156,28 +211,32 @@ def _who(config: Config) -> Who:
 class _Comparison:
     """One run: what was asked, and what was found."""
 
-    def __init__(self, store: Archive, stripe: StripeReads, span: Span, who: Who, budget: int) -> None:
+    def __init__(self, store: Archive, stripe: StripeReads, span: Span, who: Who, budget: int, *, shadow: bool) -> None:
         self._store = store
+        self._shadow = shadow
         self._stripe = stripe
         self._span = span
         self._who = who
         self._budget = budget
+        self._asked: set[Subject] = set()
+        self._equal: Counter[str] = Counter()
         # An active meter, where there is one, comes after the inactive ones of its name.
         meters = sorted(stripe.meters(), key=lambda each: each.status == "active")
         self._meters = {meter.event_name: meter.id for meter in meters}
         self._found: list[_Found] = []
         self._hours: Books = {}
         self._parts: dict[tuple[Subject, int], list[Part]] = {}
-        self.compared = Compared(span.start, span.end)
+        self.compared = Compared(span.start, span.end, "shadow" if shadow else "send", stripe.now())
 
     def ours(self, size: int, records: Iterable[Record]) -> Books:
         """What was delivered, and what may be there besides."""
-        return reconciling.books(records, self._span, size, self._who)
+        return reconciling.books(records, self._span, size, self._who, shadow=self._shadow)
 
-    def ask(self, known: Books, progress: Callable[[int], None]) -> None:
+    def ask(self, known: Books, reports: Sequence[Report], progress: Callable[[int], None]) -> None:
         """Ask Stripe of as many as the budget allows. What narrows the differences down is kept back."""
         owed = right = 0
-        order = reconciling.plan(known, self._stripe.now())
+        self.compared.reported = tuple(_by_meter(reports))
+        order = reconciling.plan(known, self._stripe.now(), reports)
         for subject in order:
             if self._budget - self._stripe.calls <= owed:
                 break
@@ -185,12 +244,14 @@ class _Comparison:
                 rows = self._rows(subject, self._span)
             except BudgetSpent:
                 break
+            self._asked.add(subject)
             self.compared.customers += 1
             progress(self.compared.customers)
             differing = []
             for each in self._judged(subject, known[subject], rows):
                 if each.judgement.standing is Standing.EQUAL:
                     self.compared.equal += 1
+                    self._equal[subject.event_name] += 1
                     right += each.ours.sure
                 else:
                     self._found.append(each)
@@ -206,7 +267,7 @@ class _Comparison:
         said = (rows or {}) if hours is None else reconciling.by_day(hours)
         for start in sorted(ours.keys() | said.keys()):
             book, sum_ = ours.get(start, Book()), said.get(start, Sum())
-            judgement = reconciling.judge(book, sum_, end=start + DAY, now=self._stripe.now())
+            judgement = reconciling.judge(book, sum_, end=start + DAY, now=self._stripe.now(), shadow=self._shadow)
             if rows is None and judgement.standing is Standing.DIFFERS:
                 judgement = Judgement(Standing.DIFFERS, _NOT_THERE)
             yield _Found(subject, start, sum_, judgement, book, hours)
@@ -258,8 +319,7 @@ class _Comparison:
 
     def _of(self, record: Record, size: int) -> set[tuple[Subject, int]]:
         """The hours or days that a total may have a part in."""
-        sure, maybe = reconciling.pieces(record, self._who)
-        places = {*maybe, *([sure[0]] if sure else [])}
+        places = reconciling.pieces(record, self._who).places
         return {(Subject(at.event_name, at.customer), at.minute // size * size) for at in places}
 
     def _by_hour(self, records: Sequence[Record]) -> dict[tuple[Subject, int], list[Part]]:
@@ -307,6 +367,42 @@ class _Comparison:
             if found.hours is not None and abs(said.value - book.sure) > said.uncertainty:
                 parts = tuple(self._parts.get((found.subject, start), ()))
                 yield Hour(start, plain(book.sure), plain(said.value), parts)
+
+    def sum_up(self, known: Books, names: Iterable[str]) -> None:
+        """What was found of each meter."""
+        left = Counter(subject.event_name for subject in known if subject not in self._asked)
+        by_meter: dict[str, list[_Found]] = {}
+        for each in self._found:
+            by_meter.setdefault(each.subject.event_name, []).append(each)
+        for name in sorted({*names, *(subject.event_name for subject in known)}):
+            found = by_meter.get(name, [])
+            standings = Counter(each.judgement.standing for each in found)
+            wrong = [each for each in found if each.judgement.standing is Standing.DIFFERS]
+            by = [each.stripe.value - each.ours.sure for each in wrong]
+            self.compared.meters[name] = totals.Compared(
+                self.compared.at,
+                *self._span,
+                equal=self._equal[name],
+                open=standings[Standing.OPEN],
+                doubt=standings[Standing.DOUBT],
+                differs=standings[Standing.DIFFERS],
+                not_asked=left[name],
+                missing=plain(-sum(each for each in by if each < 0)),
+                surplus=plain(sum(each for each in by if each > 0)),
+            )
+        self.compared.shadowed = plain(sum(book.shadowed for days in known.values() for book in days.values()))
+
+
+def _by_meter(reports: Iterable[Report]) -> Iterator[Reported]:
+    grouped: dict[str | None, list[Report]] = {}
+    for each in reports:
+        grouped.setdefault(each.event_name, []).append(each)
+    for event_name, several in grouped.items():
+        days = [reconciling.about(each) for each in several]
+        errors: Counter[str] = Counter()
+        for each in several:
+            errors.update(each.errors)
+        yield Reported(event_name, min(day.start for day in days), max(day.end for day in days), dict(errors))
 
 
 def _total_of(record: Record) -> Outcome | Total:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from consumer import totals as log_of_totals
+from consumer.cli import account as commands
 from consumer.cli import app
 from consumer.deliver.answers import Answer, Heard, Lost
+from consumer.deliver.customers import Customers
 from consumer.deliver.delivery import Attempt, Delivery
-from consumer.deliver.entries import SAME_IDENTIFIER_FOR
+from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Outcome, decode_outcome, encode_outcome, refused
 from consumer.deliver.pacing import Outlet
-from consumer.runtime.customers import Passthrough
+from consumer.deliver.reports import Reports
+from consumer.runtime.customers import Mapped, Passthrough
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import Clock, StripeStandIn
 from consumer.sandbox.stripe_wire import read_call
 from consumer.storage import Append, Log, Stage
 from consumer.storage.sqlite import SqliteStore
-from consumer.totals import Destination, Total
+from consumer.totals import Comparison, Destination, Record, Rejection, Report, Total
 
 DAY: Final = 86_400
 T0: Final = 1_793_491_200
 """2026-11-01T00:00:00Z."""
 NOON: Final = T0 + DAY // 2
 LATER: Final = T0 + 3 * DAY
+
+MONTH: Final = ("--since", "2026-11-01", "--until", "2026-11-04")
 
 CONFIG: Final = """\
 pipeline: test
@@ -50,13 +57,23 @@ class Account:
         self.config = directory / "tallyman.yaml"
         self.config.write_text(CONFIG.format(path=self.path, base=stripe.url))
 
-    def deliver(self, *given: Total, now: int | None = None, silent: bool = False, lost: bool = False) -> None:
+    def deliver(
+        self,
+        *given: Record,
+        now: int | None = None,
+        silent: bool = False,
+        lost: bool = False,
+        shadow: bool = False,
+        names: Customers | None = None,
+    ) -> Reports:
         """Stage 1 closes totals and stage 2 sends them. ``silent``: Stripe does not answer; ``lost``: it takes them."""
         now = (int(self.stripe.clock()) if now is None else now) * 1000
         with SqliteStore.open(self.path, now=lambda: now, create=True, lock=False) as store:
             store.append(Append(Log.TOTALS, b"k", log_of_totals.encode(each)) for each in given)
             restored = store.restore(Stage.DELIVER, 0)
-            delivery = Delivery(customers=Passthrough(), in_flight=1000, parked_limit=1000, outlet=Outlet(1000))
+            delivery = Delivery(
+                customers=names or Passthrough(), in_flight=1000, parked_limit=1000, outlet=Outlet(1000), shadow=shadow
+            )
             offset = restored.offset if restored else 1
             delivery.restore(offset, restored.entries if restored else (), now)
             for each in store.read(Log.TOTALS, offset - 1, 100_000):
@@ -68,6 +85,12 @@ class Account:
                     if delivery.may_send(attempt, now):
                         heard = Lost("TimeoutError") if silent else self.send(attempt)
                         delivery.answered(attempt, Lost("TimeoutError") if lost else heard, now)
+            return delivery.reports
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of totals, in order."""
+        with SqliteStore.open(self.path, now=lambda: 0, create=False, lock=False) as store:
+            return [decode_outcome(each.value) for each in store.logged(Log.OUTCOMES)]
 
     def send(self, attempt: Attempt) -> Heard:
         """One Meter Event."""
@@ -90,12 +113,11 @@ class Account:
         payload = {"stripe_customer_id": customer, "value": value}
         self.send(Attempt(name, name, "tokens", "tokens", value, payload, timestamp, customer))
 
-    def reconcile(self, *words: str, json_: bool = True) -> Any:
-        """The command, over the first three days of the month."""
-        given = ["--since", "2026-11-01", "--until", "2026-11-04", *words, *(["--json"] if json_ else [])]
+    def reconcile(self, *words: str, json_: bool = True, given: Sequence[str] = MONTH) -> Any:
+        """The command, over the first three days of the month unless something else is given."""
         return CliRunner().invoke(
             app,
-            ["reconcile", "-c", str(self.config), *given],
+            ["reconcile", "-c", str(self.config), *given, *words, *(["--json"] if json_ else [])],
             env={"STRIPE_SECRET_KEY": SECRET_KEY, "COLUMNS": "250"},
         )
 
@@ -105,6 +127,7 @@ def found(result: Any, exit_code: int = 0) -> tuple[list[dict[str, Any]], dict[s
     assert result.exit_code == exit_code, result.stderr
     *days, compared = map(json.loads, result.stdout.splitlines())
     assert compared.pop("kind") == "compared"
+    assert sum(each["differs"] for each in compared["meters"].values()) == compared["differs"]
     assert {day.pop("kind") for day in days} <= {"day"}
     return days, compared
 
@@ -147,9 +170,17 @@ def test_what_was_delivered_and_counted_is_equal(account: Account) -> None:
     days, compared = found(account.reconcile())
 
     assert days == []
+    meter: dict[str, Any] = {"since": T0, "until": T0 + 3 * DAY, "open": 0, "doubt": 0, "differs": 0, "not_asked": 0}
+    meter |= {"at": compared["at"], "missing": "0", "surplus": "0"}
+    assert compared["at"] // 1000 == pytest.approx(account.stripe.clock(), abs=5)
     assert compared == {
         "since": T0,
         "until": T0 + 3 * DAY,
+        "mode": "send",
+        "at": compared["at"],
+        "shadowed": "0",
+        "reported": [],
+        "meters": {"calls": meter | {"equal": 1}, "tokens": meter | {"equal": 4}},
         "calls": 4,
         "customers": 3,
         "not_asked": 0,
@@ -267,6 +298,46 @@ def test_usage_of_a_day_on_which_we_sent_nothing_is_seen_too(account: Account) -
     assert (day["start"], day["ours"], day["stripe"]) == (T0 + DAY, "0", "1")
 
 
+def rejected(account: Account, report: str = "evt_1") -> list[Record]:
+    """Stripe reports that it rejected what has been delivered last, as the service writes it into the log."""
+    last = account.outcomes()[-1]
+    assert last.key is not None
+    now = int(account.stripe.clock()) * 1000
+    why = "meter_event_customer_not_found"
+    raw = msgspec.Raw(encode_outcome(refused(last, f"{why}: gone", now)))
+    return [
+        Rejection(last.identifier, last.key, why, "gone", report, now, raw),
+        Report(report, now, last.event_name, now // 1000 - 10, now // 1000, {why: 1}, 1),
+    ]
+
+
+def test_what_is_refused_is_not_held_against_stripe(account: Account) -> None:
+    """Stripe said yes, and rejected the event later; where its report has been read, both sides agree."""
+    account.stripe.model.lag = 60
+    account.deliver(total(NOON), total(NOON, "cus_bob"))
+    account.stripe.model.rejected_later["cus_bob"] = "meter_event_customer_not_found"
+    later(account, 2)
+    assert [day["customer"] for day in found(account.reconcile(), exit_code=1)[0]] == ["cus_bob"]
+    account.deliver(*rejected(account))
+
+    days, compared = found(account.reconcile())
+
+    assert [each.how for each in account.outcomes()] == ["delivered", "delivered", "refused"]
+    assert (days, compared["equal"], compared["equal_value"]) == ([], 2, "5")
+
+
+def test_an_event_that_was_rejected_and_is_in_stripes_sum_is_found(account: Account) -> None:
+    account.deliver(total(NOON, "cus_bob"))
+    account.deliver(*rejected(account))
+    later(account, 2)
+
+    (day,), _ = found(account.reconcile(), exit_code=1)
+
+    assert (day["state"], day["ours"], day["stripe"]) == ("differs", "0", "5")
+    ((part,),) = (hour["totals"] for hour in day["hours"])
+    assert part["state"] == "refused"
+
+
 # Too early, and in doubt
 
 
@@ -354,6 +425,211 @@ def test_repetitions_count_and_what_was_compared_before_them_is_shown(account: A
     _, compared = found(account.reconcile("--budget", "4"))
 
     assert (compared["calls"], compared["customers"], compared["not_asked"]) == (4, 2, 2)
+
+
+def test_whom_stripe_reported_errors_of_are_asked_first(account: Account) -> None:
+    account.deliver(*(total(NOON, f"cus_{number}") for number in range(12)))
+    later(account, 14 * 24)
+    account.deliver(total(NOON + 14 * DAY, "cus_late"))
+    account.deliver(*rejected(account))
+    later(account, 2)
+    words = ["--since", "2026-11-01", "--until", "2026-11-20", "--budget", "3"]
+
+    days, compared = found(account.reconcile(*words), exit_code=1)
+
+    assert [day["customer"] for day in days] == ["cus_late"]
+    (reported,) = compared["reported"]
+    assert reported == {
+        "event_name": "tokens",
+        "since": T0 + 15 * DAY,
+        "until": T0 + 18 * DAY,
+        "errors": {"meter_event_customer_not_found": 1},
+    }
+
+
+# What the service is told
+
+
+class _Today:
+    """The stand-in's time is the host's."""
+
+    def __init__(self, stripe: StripeStandIn) -> None:
+        self._stripe = stripe
+
+    def now(self) -> int:
+        return int(self._stripe.clock()) * 1000
+
+    def elapsed(self) -> int:
+        return time.monotonic_ns() // 1_000_000
+
+
+@pytest.fixture
+def today(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "CLOCK", _Today(account.stripe))
+
+
+def compared_last(account: Account) -> Comparison | None:
+    """What the service knows of comparisons, once it has read the log."""
+    return account.deliver().comparison
+
+
+@pytest.mark.usefixtures("today")
+def test_what_was_compared_is_for_the_service_to_show(account: Account) -> None:
+    account.deliver(total(NOON), total(NOON, "cus_bob"), total(NOON + DAY, event_name="calls"))
+    account.sent_by_another("0.25")
+    later(account, 2)
+    assert compared_last(account) is None
+
+    account.reconcile(given=[])
+
+    first = compared_last(account)
+    assert first is not None
+    at, span = int(account.stripe.clock()), (T0, T0 + 4 * DAY)
+    tokens, calls = first.meters["tokens"], first.meters["calls"]
+    assert abs(tokens.at // 1000 - at) < 5
+    assert (tokens.since, tokens.until) == span
+    assert (tokens.equal, tokens.differs, tokens.surplus, tokens.missing) == (1, 1, "0.25", "0")
+    assert (calls.equal, calls.differs, calls.surplus, calls.missing) == (1, 0, "0", "0")
+
+    later(account, 1)
+    account.sent_by_another("1")
+    account.reconcile("--meter", "api", given=[])
+    second = compared_last(account)
+    assert second is not None
+    assert second.meters["tokens"] == tokens, "it has not been looked at"
+    assert second.meters["calls"].at > calls.at
+
+
+@pytest.mark.usefixtures("today")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], True),
+        (["--since", "2026-10-01"], True),
+        (["--since", "2026-11-02"], False),
+        (["--customer", "cus_bob"], False),
+        (["--until", "2026-11-03"], False),
+    ],
+)
+def test_what_is_but_a_part_is_not_told(account: Account, words: list[str], *, told: bool) -> None:
+    account.deliver(total(NOON + DAY), total(NOON + DAY, "cus_bob"))
+
+    assert account.reconcile(*words, given=[]).exit_code == 0
+
+    assert (compared_last(account) is not None) is told
+
+
+@pytest.mark.usefixtures("today")
+def test_what_was_reported_is_said_until_it_has_been_compared(account: Account) -> None:
+    account.deliver(total(NOON + DAY), now=LATER - 3600)
+    account.deliver(*rejected(account))
+    later(account, 1)
+    wanted = (
+        "Stripe reported errors of tokens (1 meter_event_customer_not_found): customers with usage on 2026-11-02 to "
+        "2026-11-04 were asked first\n"
+    )
+
+    said = account.reconcile("--customer", "cus_alice", given=[], json_=False).stdout
+    assert said.endswith(wanted)
+    assert account.reconcile(given=[], json_=False).stdout.endswith(wanted)
+    account.deliver()
+    assert "reported" not in account.reconcile(given=[], json_=False).stdout
+    account.deliver(*rejected(account, "evt_2"))
+    later(account, 10 * 24)
+    assert account.reconcile(given=[], json_=False).stdout.endswith(": look at 2026-11-03 to 2026-11-04 too\n")
+
+
+# Shadow
+
+
+def shadowing(account: Account, mode: str = "shadow") -> None:
+    account.config.write_text(account.config.read_text().replace("livemode: false", f"livemode: false, mode: {mode}"))
+
+
+def test_in_shadow_it_is_compared_with_what_somebody_else_bills(account: Account) -> None:
+    shadowing(account)
+    account.deliver(
+        total(NOON, offset=100), total(NOON + 60, value="2"), total(NOON + DAY), total(NOON, "cus_bob"), shadow=True
+    )
+    assert account.stripe.model.events == []
+    account.sent_by_another("7", timestamp=NOON + 3599)
+    account.sent_by_another("5", timestamp=NOON + DAY)
+    account.sent_by_another("4", "cus_bob")
+    later(account, 2)
+
+    days, compared = found(account.reconcile(), exit_code=1)
+
+    assert (compared["mode"], compared["equal"], compared["equal_value"]) == ("shadow", 2, "12")
+    (day,) = days
+    assert (day["customer"], day["ours"], day["stripe"], day["difference"]) == ("cus_bob", "5", "4", "-1")
+    ((part,),) = (hour["totals"] for hour in day["hours"])
+    assert (part["state"], part["value"]) == ("shadowed", "5")
+    shown = account.reconcile(json_=False).stdout
+    assert shown.startswith("meter at Stripe  customer  day         would have been billed  Stripe  difference")
+    assert "2026-11-01T12:00:00Z: 5 would have been billed, 4 at Stripe" in shown
+    assert "is there usage here that is not billed today?" in shown
+
+
+def test_in_shadow_a_day_that_is_not_over_is_open(account: Account) -> None:
+    shadowing(account)
+    account.deliver(total(NOON + 2 * DAY), shadow=True, now=LATER - 600)
+
+    (day,), _ = found(account.reconcile())
+
+    assert (day["state"], day["why"]) == ("open", "it is not over, or only just")
+
+
+def test_in_shadow_what_was_delivered_before_counts_as_well(account: Account) -> None:
+    account.deliver(total(NOON))
+    shadowing(account)
+    account.deliver(total(NOON + 60, value="2"), shadow=True)
+    account.sent_by_another("2")
+    later(account, 2)
+
+    days, compared = found(account.reconcile())
+
+    assert (days, compared["equal"], compared["equal_value"]) == ([], 1, "7")
+
+
+def test_when_sending_what_was_shadowed_is_somebody_elses(account: Account) -> None:
+    account.deliver(total(NOON), total(NOON, "cus_bob"), total(NOON, "cus_carol"), shadow=True)
+    account.deliver(*(total(NOON + 60, customer) for customer in ("cus_alice", "cus_bob", "cus_carol")))
+    account.sent_by_another("5")
+    account.sent_by_another("6", "cus_carol")
+    later(account, 2)
+
+    days, compared = found(account.reconcile(), exit_code=1)
+
+    assert (compared["mode"], compared["equal"], compared["equal_value"]) == ("send", 2, "10")
+    assert compared["shadowed"] == "15"
+    (day,) = days
+    assert (day["customer"], day["ours"], day["stripe"]) == ("cus_carol", "5", "11")
+    assert day["why"].endswith("(5 of that day was shadowed, for somebody else to bill)")
+    assert [part["state"] for hour in day["hours"] for part in hour["totals"]] == ["shadowed", "delivered"]
+    assert account.reconcile(json_=False).stdout.endswith(
+        "\n15 was shadowed in these days, for somebody else to bill: a day is equal where Stripe has what was "
+        "delivered, with it or without it\n"
+    )
+
+
+def test_in_shadow_also_those_are_compared_of_whom_nothing_was_counted(account: Account, tmp_path: Path) -> None:
+    """With passthrough nobody knows who they are; a file names them."""
+    shadowing(account)
+    file = tmp_path / "customers.yaml"
+    file.write_text("alice: cus_alice\nbob: cus_bob\nours: null\n")
+    account.config.write_text(account.config.read_text() + f"customers: {{kind: file, path: {file}}}\n")
+    account.deliver(
+        total(NOON, "alice"), shadow=True, names=Mapped({"alice": "cus_alice", "bob": "cus_bob", "ours": None})
+    )
+    account.sent_by_another("5")
+    account.sent_by_another("3", "cus_bob")
+    later(account, 2)
+
+    days, compared = found(account.reconcile(), exit_code=1)
+
+    assert [(day["customer"], day["ours"], day["stripe"]) for day in days] == [("cus_bob", "0", "3")]
+    assert days[0]["why"] == "Stripe has more than would have been billed: is all that is billed today counted here?"
+    assert compared["equal"] == 1
 
 
 # What people see, and what is refused

@@ -20,6 +20,7 @@ from consumer.deliver.reconciling import (
     Standing,
     Subject,
     Sum,
+    about,
     books,
     by_day,
     judge,
@@ -27,7 +28,7 @@ from consumer.deliver.reconciling import (
     plan,
     span,
 )
-from consumer.totals import SCALE, Destination, Total
+from consumer.totals import SCALE, Destination, Report, Total
 
 T0: Final = 1_793_491_200
 """2026-11-01T00:00:00Z."""
@@ -74,7 +75,11 @@ FIVE: Final = 5 * SCALE
         (outcome("discarded", stripe_customer=None), None),
         (outcome("discarded"), None),
         (outcome("discarded", first_unproven=1), Book(maybe=[FIVE])),
-        (outcome("refused"), Book(maybe=[FIVE])),
+        (outcome("refused"), Book(totals=1, newest=T0 * 1000)),
+        (outcome("refused", first_unproven=1), Book(totals=1, newest=T0 * 1000, maybe=[FIVE])),
+        (outcome("shadowed"), Book(shadowed=FIVE)),
+        (outcome("shadowed", stripe_customer=None), None),
+        (outcome("shadowed", timestamp=T0 - 1), None),
         (Entry(total(), State.SENDING), Book(coming=1)),
         (Entry(total(), State.RETRY, customer="cus_alice"), Book(coming=1)),
         (Entry(total(customer="nobody"), State.RETRY), None),
@@ -140,6 +145,25 @@ def test_doubts_come_first_then_what_changed_within_a_day_then_the_others() -> N
     assert (order[0], set(order[1:3]), order[3]) == ("cus_doubt", {"cus_new", "cus_coming"}, "cus_old")
 
 
+def test_whom_stripe_reported_errors_of_come_first() -> None:
+    """On the days on which Stripe looked at the events, and on the one before: usage is sent after it was used."""
+    now = (T0 + 10 * DAY) * 1000
+    old = Book(1, 1, T0 * 1000)
+    report = Report("evt_1", now, "tokens", T0 + 2 * DAY + HOUR, T0 + 3 * DAY + HOUR, {"no_meter": 1}, 0)
+    known = {
+        Subject("tokens", "cus_doubt"): {T0: Book(maybe=[1])},
+        Subject("tokens", "cus_long_before"): {T0: old},
+        Subject("calls", "cus_other_meter"): {T0 + 2 * DAY: old},
+        **{Subject("tokens", f"cus_{day}"): {T0: old, T0 + day * DAY: old} for day in range(1, 5)},
+    }
+
+    order = [subject.customer for subject in plan(known, now, [report])]
+
+    assert (set(order[:3]), order[3]) == ({"cus_1", "cus_2", "cus_3"}, "cus_doubt")
+    assert plan(known, now, [])[0].customer == "cus_doubt"
+    assert about(report) == Span(T0 + DAY, T0 + 4 * DAY)
+
+
 def test_everybody_gets_a_turn_although_the_budget_never_reaches_all() -> None:
     known = {Subject("tokens", f"cus_{number}"): {T0: Book(1, 1, 1)} for number in range(100)}
 
@@ -187,6 +211,52 @@ def test_narrowing_covers_each_day_once_within_a_page(numbers: set[int]) -> None
 )
 def test_sums_are_judged(ours: Book, stripe: Sum, now: int, standing: Standing) -> None:
     assert judge(ours, stripe, end=END, now=now).standing is standing
+
+
+@pytest.mark.parametrize(
+    ("stripe", "standing", "why"),
+    [
+        (5, Standing.EQUAL, ""),
+        (12, Standing.EQUAL, "what was shadowed has been billed by somebody else"),
+        (
+            11,
+            Standing.DIFFERS,
+            "Stripe has more than was delivered: who else sends usage there? (0.000000000007 of",
+        ),
+        (13, Standing.DIFFERS, "Stripe has more than was delivered"),
+        (4, Standing.DIFFERS, "Stripe has less than was delivered"),
+        (7, Standing.DIFFERS, "Stripe has more than was delivered"),
+    ],
+)
+def test_what_was_shadowed_may_be_at_stripe_or_not(stripe: int, standing: Standing, why: str) -> None:
+    """After the cut-over a day has usage that somebody else billed, and usage that we did."""
+    judgement = judge(Book(sure=5, shadowed=7), Sum(stripe), end=END, now=LONG_AFTER)
+
+    assert judgement.standing is standing
+    assert judgement.why.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("stripe", "now", "standing", "why"),
+    [
+        (5, LONG_AFTER, Standing.EQUAL, ""),
+        (6, LONG_AFTER, Standing.DIFFERS, "Stripe has more than would have been billed"),
+        (4, LONG_AFTER, Standing.DIFFERS, "Stripe has less than would have been billed"),
+        (4, END * 1000, Standing.OPEN, "it is not over"),
+        (4, END * 1000 + LAG_MS + 1, Standing.OPEN, "shadowed within the last hour"),
+    ],
+)
+def test_in_shadow_it_is_somebody_elses_billing_that_is_compared(
+    stripe: int, now: int, standing: Standing, why: str
+) -> None:
+    ours = books([outcome("shadowed", billed="0.000000000003", at=END * 1000 + 2), outcome(billed="0.000000000002")],
+                 Span(T0, END), DAY, who, shadow=True)  # fmt: skip
+    assert ours == {SUBJECT: {T0: Book(sure=5, totals=2, newest=END * 1000 + 2)}}
+
+    judgement = judge(ours[SUBJECT][T0], Sum(stripe), end=END, now=now, shadow=True)
+
+    assert judgement.standing is standing
+    assert judgement.why.startswith(why)
 
 
 sums = st.integers(0, 10**16)
