@@ -137,6 +137,7 @@ class State(Collector):
     def _partitions(self, intake: Intake) -> Iterator[Metric]:
         now = self._clock.now()
         labels = ["partition"]
+            yield from self._compared()
         lag = GaugeMetricFamily("tallyman_lag_records", "Records not read yet.", labels=labels)
         behind = GaugeMetricFamily(
             "tallyman_lag_seconds", "Age of the last record read, where more are to be read; else 0.", labels=labels
@@ -349,6 +350,37 @@ class State(Collector):
         stages = ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter))
         return [(stage, each) for stage, each in stages if each is not None]
 
+
+    def _compared(self) -> Iterator[Metric]:
+        names = ["event_name"]
+        at = GaugeMetricFamily(
+            "tallyman_reconcile_timestamp_seconds",
+            "When `tallyman reconcile` last compared this meter; absent until it has.",
+            labels=names,
+        )
+        days = GaugeMetricFamily(
+            "tallyman_reconcile_days",
+            "Customers' days that it compared with Stripe's sums: equal, open (too early to say), doubt or differs.",
+            labels=[*names, "state"],
+        )
+        missing = GaugeMetricFamily(
+            "tallyman_reconcile_missing_value",
+            "By how much less Stripe has, summed over the days on which it has too little.",
+            labels=names,
+        )
+        surplus = GaugeMetricFamily(
+            "tallyman_reconcile_surplus_value",
+            "By how much more Stripe has, summed over the days on which it has too much.",
+            labels=names,
+        )
+        for comparison in (each.reports.comparison for each in self._deliveries):
+            for name, each in comparison.meters.items() if comparison else ():
+                at.add_metric([name], each.at / 1000)
+                missing.add_metric([name], float(each.missing))
+                surplus.add_metric([name], float(each.surplus))
+                for state in ("equal", "open", "doubt", "differs"):
+                    days.add_metric([name, state], getattr(each, state))
+        yield from (at, days, missing, surplus)
 
 def _columns(book: Book) -> dict[tuple[str, str], Column]:
     """By state and reason."""
