@@ -301,6 +301,13 @@ class Http(Section):
     port: int = Field(default=9464, ge=0, le=65_535, description="The port to listen on; 0 takes a free one.")
 
 
+class Webhook(Section):
+    """Where Stripe's notifications of rejected events are taken, under /stripe."""
+
+    host: Text = Field(default="0.0.0.0", description="The address to listen on.")  # noqa: S104 - Stripe comes from outside
+    port: int = Field(default=9465, ge=0, le=65_535, description="The port to listen on; 0 takes a free one.")
+
+
 class Config(Section):
     """The whole file."""
 
@@ -326,6 +333,11 @@ class Config(Section):
     )
     stripe: Stripe = Field(description="The Stripe account, and how totals are sent.")
     http: Http = Field(default_factory=Http, description="Where metrics and health are served.")
+    webhook: Webhook | None = Field(
+        default=None,
+        description="Where Stripe reports events that it took and rejected later; unset, nobody listens. Needs"
+        " STRIPE_WEBHOOK_SECRET.",
+    )
     meters: tuple[Meter, ...] = Field(strict=False, min_length=1, description="What is counted.")
 
     _secrets: credentials.Secrets = PrivateAttr(default_factory=credentials.Secrets)

@@ -1,22 +1,19 @@
 """What the commands have in common: their options, the configuration, and how they say no."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from consumer.config import Config, SqliteStorage, load
+from consumer.config import Config, load
 from consumer.config_values import Duration
 from consumer.events import parse_time
-from consumer.runtime import service
+from consumer.runtime import archive, service
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source
 from consumer.storage import Archive
-from consumer.storage.kafka_archive import KafkaArchive
-from consumer.storage.sqlite import SqliteStore
 
 CLOCK: Final = SystemClock()
 DEFAULT: Final = Path("config/tallyman.yaml")
@@ -78,16 +75,9 @@ def source_of(config: Config, log_level: int) -> Source:
     return Source({"log_level": str(log_level)} | config.kafka_client(), config.kafka.topic, service.group_of(config))
 
 
-@contextmanager
-def opened_store(config: Config) -> Iterator[Archive]:
+def opened_store(config: Config) -> AbstractContextManager[Archive]:
     """The store as commands use it: beside a service that may be running, and never created."""
-    if isinstance(config.storage, SqliteStorage):
-        with SqliteStore.open(config.storage.path, now=CLOCK.now, create=False, lock=False) as store:
-            yield store
-    else:
-        client = {"log_level": "0"} | config.kafka_client()
-        with KafkaArchive.open(client, config.pipeline, now=CLOCK.now) as archive:
-            yield archive
+    return archive.opened(config, now=CLOCK.now)
 
 
 def check_limit(limit: int, *, as_json: bool) -> None:

@@ -18,7 +18,9 @@ from consumer.deliver.pacing import Shut
 from consumer.runtime.clocks import Clock
 from consumer.runtime.intake import Intake
 from consumer.runtime.reporter import TAKES_S, Pending, Reporter
+from consumer.runtime.reports import Reported
 from consumer.runtime.source import Silence
+from consumer.runtime.webhooks import Result
 from consumer.storage import FAILURES, Stage
 from consumer.totals import SCALE
 
@@ -67,6 +69,42 @@ class Requests:
             self._late_value.labels(attempt.meter).inc(max(0.0, float(attempt.value)))
 
 
+class Reports:
+    """Counts what Stripe reports of events that it rejected after it took them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._notified = Counter(
+            "tallyman_stripe_reports",
+            "Notifications of Stripe's, by what became of them: taken, repeated, ignored, refused_signature, postponed "
+            "(Stripe repeats it) or failed (nobody can handle it).",
+            ["result"],
+            registry=registry,
+        )
+        self._events = Counter(
+            "tallyman_stripe_rejected_events",
+            "Meter Events that Stripe took and rejected later, as its reports count them, by its code.",
+            ["code"],
+            registry=registry,
+        )
+        self._totals = Counter(
+            "tallyman_stripe_rejected_totals",
+            "Totals of ours that these reports name; they name samples.",
+            registry=registry,
+        )
+        for result in Result:
+            self._notified.labels(result.value)
+
+    def notified(self, result: Result) -> None:
+        """A notification has been answered."""
+        self._notified.labels(result.value).inc()
+
+    def rejected(self, reported: Reported, named: int) -> None:
+        """A report was taken, which names so many totals of ours."""
+        for code, count in reported.errors.items():
+            self._events.labels(code).inc(count)
+        self._totals.inc(named)
+
+
 class State(Collector):
     """The stages that this process runs, as they are when Prometheus asks."""
 
@@ -99,6 +137,7 @@ class State(Collector):
         yield from self._totals()
         if self._reporter is not None:
             yield from self._sending(self._reporter)
+            yield from self._compared()
         yield from self._commits()
         yield from self._restores()
 
@@ -137,7 +176,6 @@ class State(Collector):
     def _partitions(self, intake: Intake) -> Iterator[Metric]:
         now = self._clock.now()
         labels = ["partition"]
-            yield from self._compared()
         lag = GaugeMetricFamily("tallyman_lag_records", "Records not read yet.", labels=labels)
         behind = GaugeMetricFamily(
             "tallyman_lag_seconds", "Age of the last record read, where more are to be read; else 0.", labels=labels
@@ -313,6 +351,37 @@ class State(Collector):
                 refused,
             )
 
+    def _compared(self) -> Iterator[Metric]:
+        names = ["event_name"]
+        at = GaugeMetricFamily(
+            "tallyman_reconcile_timestamp_seconds",
+            "When `tallyman reconcile` last compared this meter; absent until it has.",
+            labels=names,
+        )
+        days = GaugeMetricFamily(
+            "tallyman_reconcile_days",
+            "Customers' days that it compared with Stripe's sums: equal, open (too early to say), doubt or differs.",
+            labels=[*names, "state"],
+        )
+        missing = GaugeMetricFamily(
+            "tallyman_reconcile_missing_value",
+            "By how much less Stripe has, summed over the days on which it has too little.",
+            labels=names,
+        )
+        surplus = GaugeMetricFamily(
+            "tallyman_reconcile_surplus_value",
+            "By how much more Stripe has, summed over the days on which it has too much.",
+            labels=names,
+        )
+        for comparison in (each.reports.comparison for each in self._deliveries):
+            for name, each in comparison.meters.items() if comparison else ():
+                at.add_metric([name], each.at / 1000)
+                missing.add_metric([name], float(each.missing))
+                surplus.add_metric([name], float(each.surplus))
+                for state in ("equal", "open", "doubt", "differs"):
+                    days.add_metric([name, state], getattr(each, state))
+        yield from (at, days, missing, surplus)
+
     def _commits(self) -> Iterator[Metric]:
         took = GaugeMetricFamily("tallyman_commit_duration_seconds", "How long the last commit took.", labels=["stage"])
         at = GaugeMetricFamily("tallyman_commit_timestamp_seconds", "When the last commit was made.", labels=["stage"])
@@ -350,37 +419,6 @@ class State(Collector):
         stages = ((Stage.AGGREGATE, self._intake), (Stage.DELIVER, self._reporter))
         return [(stage, each) for stage, each in stages if each is not None]
 
-
-    def _compared(self) -> Iterator[Metric]:
-        names = ["event_name"]
-        at = GaugeMetricFamily(
-            "tallyman_reconcile_timestamp_seconds",
-            "When `tallyman reconcile` last compared this meter; absent until it has.",
-            labels=names,
-        )
-        days = GaugeMetricFamily(
-            "tallyman_reconcile_days",
-            "Customers' days that it compared with Stripe's sums: equal, open (too early to say), doubt or differs.",
-            labels=[*names, "state"],
-        )
-        missing = GaugeMetricFamily(
-            "tallyman_reconcile_missing_value",
-            "By how much less Stripe has, summed over the days on which it has too little.",
-            labels=names,
-        )
-        surplus = GaugeMetricFamily(
-            "tallyman_reconcile_surplus_value",
-            "By how much more Stripe has, summed over the days on which it has too much.",
-            labels=names,
-        )
-        for comparison in (each.reports.comparison for each in self._deliveries):
-            for name, each in comparison.meters.items() if comparison else ():
-                at.add_metric([name], each.at / 1000)
-                missing.add_metric([name], float(each.missing))
-                surplus.add_metric([name], float(each.surplus))
-                for state in ("equal", "open", "doubt", "differs"):
-                    days.add_metric([name, state], getattr(each, state))
-        yield from (at, days, missing, surplus)
 
 def _columns(book: Book) -> dict[tuple[str, str], Column]:
     """By state and reason."""

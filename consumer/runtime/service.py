@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from threading import Event, Thread
 from typing import Any, Final
@@ -13,20 +13,24 @@ from prometheus_client import CollectorRegistry
 
 from consumer.config import Config, SqliteStorage
 from consumer.config import CustomerFile as CustomerFileConfig
-from consumer.credentials import STRIPE_SECRET_KEY, key_matches
+from consumer.config import Http as HttpConfig
+from consumer.config import Webhook as WebhookConfig
+from consumer.credentials import STRIPE_SECRET_KEY, STRIPE_WEBHOOK_SECRET, key_matches
 from consumer.deliver.customers import Customers
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.pacing import Outlet
-from consumer.runtime import distributed, embedded, start, stripe_check
+from consumer.runtime import archive, distributed, embedded, start, stripe_check, stripe_reads
 from consumer.runtime.clocks import Clock
 from consumer.runtime.customers import CustomerFile, Passthrough
 from consumer.runtime.ground import Ground
 from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
-from consumer.runtime.metrics import Requests, State
+from consumer.runtime.metrics import Reports, Requests, State
 from consumer.runtime.reporter import TAKES_S, Reporter
 from consumer.runtime.source import Silence, Source, SourceError, SourceSilent, Topic
 from consumer.runtime.stripe import Stripe
+from consumer.runtime.stripe_reads import StripeReads
+from consumer.runtime.webhooks import Webhooks
 from consumer.storage import Stage, Unreachable
 from consumer.storage.sqlite import SqliteStore
 
@@ -77,6 +81,8 @@ def run(config: Config, around: Surroundings, stages: frozenset[Stage] = BOTH) -
         raise ServiceError("with storage.kind: sqlite one process runs both stages: leave out --stage")
     # Who only counts needs no key, and has none to lose.
     key = stripe_key(config) if Stage.DELIVER in stages else None
+    if key is not None:
+        webhook_secrets(config)
     source = around.source(config, group_of(config))
     asyncio.run(_Service(config, key, around.clock, source, stages).run())
 
@@ -134,6 +140,25 @@ def stripe_key(config: Config) -> str:
     return key.get_secret_value()
 
 
+def webhook_secrets(config: Config) -> list[str]:
+    """What Stripe's notifications are signed with, if they are to be taken: several while they are changed."""
+    if config.webhook is None:
+        return []
+    given = config.secrets.stripe_webhook_secret
+    secrets = [each for part in (given.get_secret_value() if given else "").split(",") if (each := part.strip())]
+    if not secrets:
+        raise ServiceError(
+            f"webhook is configured, and there is no secret to know Stripe by: set {STRIPE_WEBHOOK_SECRET}, or "
+            f"{STRIPE_WEBHOOK_SECRET}_FILE to a file that holds it"
+        )
+    if not all(each.startswith("whsec_") for each in secrets):
+        raise ServiceError(
+            f"{STRIPE_WEBHOOK_SECRET} is no signing secret: give that of the event destination, which begins with "
+            "whsec_; several are separated by commas"
+        )
+    return secrets
+
+
 class _Service:
     def __init__(self, config: Config, key: str | None, clock: Clock, source: Source, stages: frozenset[Stage]) -> None:
         self._config = config
@@ -158,8 +183,11 @@ class _Service:
         grace = int(self._config.stripe.finalization_grace)
         requests = Requests(registry, grace=grace, clock=self._clock)
         http = Http(registry, stuck=self._stuck, not_ready=self._not_ready)
+        webhooks = self._webhooks(registry)
         try:
-            port = await self._listen(http)
+            port = await self._listen(http, "http", self._config.http)
+            if webhooks is not None and self._config.webhook is not None:
+                await self._listen(webhooks, "webhook", self._config.webhook)
             # First of all: what is refused here has begun nothing.
             await self._judge_meters()
             ground = await self._begun()
@@ -173,6 +201,8 @@ class _Service:
             finally:
                 await asyncio.to_thread(ground.close)
         finally:
+            if webhooks is not None:
+                await webhooks.stop()
             await http.stop()
             if self._stripe is not None:
                 await self._stripe.close()
@@ -276,12 +306,33 @@ class _Service:
             )
             self._silence = self._intake.silence
 
-    async def _listen(self, http: Http) -> int:
-        host, port = self._config.http.host, self._config.http.port
+    def _webhooks(self, registry: CollectorRegistry) -> Webhooks | None:
+        """What takes Stripe's reports, where that is asked for and this process delivers."""
+        config, key = self._config, self._key
+        if config.webhook is None or key is None:
+            return None
+
+        def reading() -> AbstractContextManager[StripeReads]:
+            stripe = config.stripe
+            return stripe_reads.reading(
+                key, api_base=stripe.api_base, livemode=stripe.livemode, clock=self._clock, attempts=1
+            )
+
+        return Webhooks(
+            webhook_secrets(config),
+            livemode=config.stripe.livemode,
+            clock=self._clock,
+            reading=reading,
+            archive=lambda: archive.opened(config, now=self._clock.now),
+            ready=lambda: self._settled,
+            observe=Reports(registry),
+        )
+
+    async def _listen(self, server: Http | Webhooks, section: str, at: HttpConfig | WebhookConfig) -> int:
         try:
-            return await http.start(host, port)
+            return await server.start(at.host, at.port)
         except OSError as failed:
-            raise ServiceError(f"http: {host}:{port} cannot be listened on: {failed}") from None
+            raise ServiceError(f"{section}: {at.host}:{at.port} cannot be listened on: {failed}") from None
 
     async def _stages(self, ground: Ground, port: int) -> None:
         """Both stages until one of them ends; then the other one stops in good order."""

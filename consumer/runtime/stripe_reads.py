@@ -12,6 +12,7 @@ from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Final, Literal
+from urllib.parse import quote
 
 import msgspec
 import stripe
@@ -210,6 +211,24 @@ class StripeReads:
         found = self.summaries(meter_id, customer, start, start + 60)
         return found[0] if found else Summary(start, start + 60, 0, 0)
 
+    def event_name(self, meter_id: str) -> str:
+        """The event name of a meter; raises ``NotThere`` for one that never was."""
+        return _meter(
+            self._ask(f"meter {meter_id}", lambda: self._client.v1.billing.meters.retrieve(meter_id))
+        ).event_name
+
+    def event(self, event_id: str) -> dict[str, Any]:
+        """What Stripe has sent a notification of, in full and as it says it; raises ``NotThere``."""
+        path = f"/v2/core/events/{quote(event_id, safe='')}"
+
+        def ask() -> stripe.StripeObject:
+            said = self._client.raw_request("get", path)
+            # Not as an event of the client's: it fails on fields that are missing.
+            return stripe.StripeObject.construct_from(said.data, None, last_response=said)
+
+        found: dict[str, Any] = self._ask(f"event {event_id}", ask).to_dict()
+        return found
+
     # How it is asked for
 
     def _rows(self, what: str, listing: Callable[[Any], Any], params: Mapping[str, Any]) -> Iterator[Any]:
@@ -282,10 +301,10 @@ class _Connections(stripe.RequestsClient):
 
 @contextmanager
 def reading(
-    key: str, *, api_base: str, livemode: bool, clock: Clock, budget: int | None = None
+    key: str, *, api_base: str, livemode: bool, clock: Clock, budget: int | None = None, attempts: int = ATTEMPTS
 ) -> Iterator[StripeReads]:
     """A client, for as long as it is needed."""
-    reads = StripeReads(key, api_base=api_base, livemode=livemode, clock=clock, budget=budget)
+    reads = StripeReads(key, api_base=api_base, livemode=livemode, clock=clock, budget=budget, attempts=attempts)
     try:
         yield reads
     finally:

@@ -27,6 +27,7 @@ import orjson
 from aiohttp import web
 
 from consumer.sandbox.stripe import SECRET_KEY, StripeModel, lock_timeout, rate_limited
+from consumer.sandbox.stripe_notifications import Destination, Notifications
 from consumer.sandbox.stripe_wire import API_VERSION, Answer, Call, read_call
 
 T = TypeVar("T")
@@ -155,7 +156,10 @@ class Clock:
 
 
 class StripeStandIn:
-    """Serves a `StripeModel`, made with these `options`. Port 0 takes a free port and keeps it."""
+    """Serves a `StripeModel`, made with these `options`. Port 0 takes a free port and keeps it.
+
+    Error reports are notified to `webhook`, if it is given.
+    """
 
     def __init__(
         self,
@@ -164,11 +168,15 @@ class StripeStandIn:
         faults: Faults | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        webhook: Destination | None = None,
         **options: Any,
     ) -> None:
         self.clock = clock or Clock()
         self.model = StripeModel(self.clock, **options)
         self.faults = faults or Faults()
+        self.notifications = Notifications(self.model.reports, self.clock)
+        self._webhook = webhook
+        self._notifying: asyncio.Task[None] | None = None
         self._host, self._port = host, port
         self._http: web.Server | None = None
         self._listening: asyncio.Server | None = None
@@ -188,11 +196,16 @@ class StripeStandIn:
         self._loop = asyncio.get_running_loop()
         self._http = web.Server(self._serve, access_log=None, keepalive_timeout=3600)
         await self.open()
+        if self._webhook is not None:
+            self._notifying = asyncio.create_task(self.notifications.run(self._webhook))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._reopening:
             task.cancel()
+        if self._notifying is not None:
+            self._notifying.cancel()
+            await asyncio.wait([self._notifying])
         await self.close()
         if self._http is not None:
             await self._http.shutdown(timeout=0)
@@ -236,6 +249,14 @@ class StripeStandIn:
     def up(self) -> None:
         """Like `open`, from another thread."""
         self._run(self.open())
+
+    def notify(self, to: Destination) -> None:
+        """Notify reports there from now on, from another thread."""
+
+        async def begin() -> None:
+            self._notifying = asyncio.create_task(self.notifications.run(to))
+
+        self._run(begin())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop is None:
@@ -420,11 +441,14 @@ def main() -> None:
     parser.add_argument("--endpoint-rate", type=int, help="meter events per second")
     parser.add_argument("--global-rate", type=int, help="other requests per second, in test mode all")
     parser.add_argument("--now", type=float, help="Unix time at the start")
+    parser.add_argument("--webhook", metavar="URL", help="where error reports are notified")
+    parser.add_argument("--webhook-secret", default="whsec_standin", help="what notifications are signed with")
     parser.add_argument("--faults", type=orjson.loads, default={}, metavar="JSON", help="as for POST /_sandbox/faults")
     given = parser.parse_args()
     stripe = StripeStandIn(
         host=given.host,
         port=given.port,
+        webhook=Destination(given.webhook, given.webhook_secret) if given.webhook else None,
         keys=dict.fromkeys(given.key) if given.key else None,
         accept_any_customer=given.any_customer,
         lag=given.lag,

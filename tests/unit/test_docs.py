@@ -26,8 +26,9 @@ from consumer.runtime.clocks import SystemClock
 from consumer.runtime.customers import CustomerFile, Passthrough
 from consumer.runtime.intake import Intake
 from consumer.runtime.membership import Alone
-from consumer.runtime.metrics import Requests, State
+from consumer.runtime.metrics import Reports, Requests, State
 from consumer.runtime.reporter import Reporter
+from consumer.runtime.reports import Reported
 from consumer.runtime.source import Source
 from consumer.runtime.stripe import Stripe
 from consumer.runtime.totals_log import SqliteTotals
@@ -103,7 +104,7 @@ def _section(schema: dict[str, Any], section: dict[str, Any], place: str) -> Ite
 
 def _sections(schema: dict[str, Any], key: dict[str, Any]) -> list[dict[str, Any]]:
     """The sections that may stand under a key."""
-    references = [each.get("$ref") for each in (key, key.get("items", {}), *key.get("oneOf", ()))]
+    references = [each.get("$ref") for each in (key, key.get("items", {}), *key.get("oneOf", key.get("anyOf", ())))]
     return [schema["$defs"][each.rsplit("/", 1)[-1]] for each in references if each]
 
 
@@ -166,6 +167,7 @@ def families(tmp_path: Path) -> list[_Family]:
         stripe = Stripe("sk_test_docs", api_base="http://127.0.0.1:1", livemode=False, clock=clock)
         registry = CollectorRegistry()
         requests = Requests(registry, grace=0, clock=clock)
+        Reports(registry).rejected(Reported("evt_1", None, 0, 10, {"no_meter": 1}, ()), 0)
         requests.observe(Attempt("tm1", "tm1", "m", "m", "1", {}, 0, "cus_1"), Answer(200), 0.1)
         with SqliteStore.open(tmp_path / "t.db", now=clock.now, create=True, lock=True) as store:
             intake = Intake(
