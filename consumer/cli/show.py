@@ -278,7 +278,8 @@ def given_up(old: Old | Lost) -> None:
         typer.echo(f"{old.why}: what it held cannot be shown.")
         return
     newest = "none yet" if old.newest is None else f"up to {shown(old.newest)}"
-    typer.echo(f"State since {shown(old.facts.bill_from)}, totals {newest}.")
+    shadowed = "" if old.shadowed is None else f", shadowed ones up to {shown(old.shadowed)}"
+    typer.echo(f"State since {shown(old.facts.bill_from)}, totals {newest}{shadowed}.")
     if not old.meters:
         typer.echo("Nothing is given up: no open window, and every total is finished.")
         return

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -23,7 +24,7 @@ import msgspec
 from consumer import totals
 from consumer.deliver.entries import BILLED, Entry, Outcome, Reason, State, decode_outcome, is_total, unpack
 from consumer.deliver.reports import REJECTED
-from consumer.storage import Append, Archive, Log, Restored, Stage
+from consumer.storage import Append, Archive, Facts, Log, Restored, Stage
 from consumer.totals import Command, Total
 
 LOOK_AGAIN_S: Final = 0.2
@@ -118,6 +119,7 @@ def everything(
     ``since``: only outcomes from these places on.
     """
     settled = store.settled(Log.OUTCOMES)
+    facts = cache(store.facts)
     starts, entries, rejected = _state(store)
     ends, below = store.ends(Log.OUTCOMES), store.ends(Log.TOTALS)
     late = {each.identifier: each for each in _outcomes(store, settled, ends)}
@@ -125,7 +127,8 @@ def everything(
         for outcome in _outcomes(store, since or {}, ends if since else settled):
             # What was delivered, and was rejected later, has two outcomes: the last one counts.
             superseded = outcome.how in BILLED and outcome.identifier in rejected
-            if not superseded and (since or outcome.identifier not in late):
+            anew = outcome.how == "shadowed" and _is_anew(outcome, facts())
+            if not (superseded or anew) and (since or outcome.identifier not in late):
                 yield outcome
         if not since:
             yield from late.values()
@@ -138,6 +141,11 @@ def everything(
         record = totals.decode(each.value)
         if isinstance(record, Total) and record.identifier not in late:
             yield record
+
+
+def _is_anew(shadowed: Outcome, facts: Facts | None) -> bool:
+    """Whether it was shadowed before the pipeline began anew, and its usage is counted once more since."""
+    return facts is not None and shadowed.at < facts.created_at and shadowed.timestamp * 1000 >= facts.bill_from
 
 
 def unread(store: Archive) -> dict[int, int]:

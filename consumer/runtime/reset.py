@@ -9,7 +9,8 @@ from consumer import totals
 from consumer.aggregate.aggregator import Aggregator, UnbalancedError, UnknownEntryError
 from consumer.aggregate.meters import WINDOW_MS
 from consumer.config import Config, SqliteStorage
-from consumer.deliver.entries import EntryError, State, is_total, unpack
+from consumer.deliver.doubt import own
+from consumer.deliver.entries import EntryError, Outcome, State, decode_outcome, is_total, unpack
 from consumer.deliver.ledger import Column
 from consumer.runtime import embedded, processors, start
 from consumer.runtime.clocks import Clock
@@ -48,8 +49,13 @@ class Old:
 
     facts: Facts
     newest: int | None
-    """The end of the newest window that has a total, in milliseconds; None where there is none."""
+    """The end of the newest window that has a total, in milliseconds, shadowed ones left out: nobody has been billed
+    for those here. None where there is none."""
     meters: dict[str, GivenUp]
+    shadowed: int | None = None
+    """The end of the newest window with a total that was shadowed, in milliseconds."""
+    longest: int = 0
+    """The longest window with such a total, in milliseconds."""
     standing: Standing | None = None
     """In Kafka: nothing else is given up."""
 
@@ -126,25 +132,55 @@ def _old(config: Config, store: Archive, facts: Facts, here: Standing | None = N
                 column = meters.setdefault(name, GivenUp()).open
                 column.events += events
                 column.value += value
-    unread = _unfinished(store, meters)
-    newest: int | None = None
-    kept_from: dict[int, int] = {}
-    for each in store.logged(Log.TOTALS):
-        kept_from.setdefault(each.partition, each.appended_at)
+    ended, shadowed, longest = _finished(store)
+    ends = [ended, *(_oldest_kept(store, log, clock) for log in (Log.TOTALS, Log.OUTCOMES))]
+    shadow = config.stripe.mode == "shadow"
+    unread, tried = _in_hand(store, meters, shadow=shadow)
+    ends += tried
+    for each in store.logged(Log.TOTALS, unread):
         total = totals.decode(each.value)
         if isinstance(total, Total):
-            newest = max(newest or 0, total.window_start * 1000 + WINDOW_MS[total.window])
-            if each.offset >= unread[each.partition]:
-                meters.setdefault(total.meter, GivenUp()).pending.add(total.events, scaled(total.value))
-    for partition in store.shortened(Log.TOTALS):
-        # No window of a total that is not kept any more ended after this.
-        newest = max(newest or 0, min(kept_from.get(partition, clock), clock))
-    return Old(facts, newest, meters, here)
+            meters.setdefault(total.meter, GivenUp()).pending.add(total.events, scaled(total.value))
+            if not shadow:
+                ends.append(_end(total))
+    return Old(facts, max(ends) or None, meters, shadowed, longest, here)
 
 
-def _unfinished(store: Archive, meters: dict[str, GivenUp]) -> dict[int, int]:
-    """Count what stage 2 has in hand; returns from where on each partition of the totals log is unread."""
+def _end(of: Total | Outcome) -> int:
+    """Of its window, in milliseconds."""
+    return of.window_start * 1000 + WINDOW_MS[of.window]
+
+
+def _finished(store: Archive) -> tuple[int, int | None, int]:
+    """The newest end of a window of what is finished, and of what was shadowed, and the longest window of that."""
+    newest, shadowed, longest = 0, None, 0
+    for each in store.logged(Log.OUTCOMES):
+        outcome = decode_outcome(each.value)
+        if outcome.how == "shadowed":
+            shadowed = max(shadowed or 0, _end(outcome))
+            longest = max(longest, WINDOW_MS[outcome.window])
+        else:
+            newest = max(newest, _end(outcome))
+    return newest, shadowed, longest
+
+
+def _oldest_kept(store: Archive, log: Log, clock: int) -> int:
+    """No window of a total that is not kept any more in this log ended after this."""
+    newest, ends = 0, store.ends(log)
+    for partition in store.shortened(log):
+        first = next(store.logged(log, {}, {partition: ends[partition]}), None)
+        newest = max(newest, min(first.appended_at if first else clock, clock))
+    return newest
+
+
+def _in_hand(store: Archive, meters: dict[str, GivenUp], *, shadow: bool) -> tuple[dict[int, int], list[int]]:
+    """Count what stage 2 has in hand.
+
+    Returns from where on each partition of the totals log is unread, and when the windows end of what it has in hand:
+    in shadow of what has been tried before, for the rest would have been shadowed.
+    """
     unread: dict[int, int] = {}
+    ends: list[int] = []
     for partition, end in store.ends(Log.TOTALS).items():
         restored = store.restore(Stage.DELIVER, partition)
         unread[partition] = restored.offset if restored else 0
@@ -158,7 +194,9 @@ def _unfinished(store: Archive, meters: dict[str, GivenUp]) -> dict[int, int]:
                 of = meters.setdefault(entry.total.meter, GivenUp())
                 column = of.parked if entry.state is State.PARKED else of.pending
                 column.add(entry.total.events, scaled(entry.total.value))
-    return unread
+                if own(entry) or not shadow:
+                    ends.append(_end(entry.total))
+    return unread, ends
 
 
 def _aggregators(config: Config, store: Archive, facts: Facts) -> Iterator[Aggregator]:
@@ -198,6 +236,13 @@ def judge(old: Old | Lost, bill_from: int, now: int, *, read_before: bool, newes
         raise ResetRefused(
             f"--bill-from {start.shown(bill_from)} is before the end of the newest window that has a total: what lies "
             f"between would be billed twice. The earliest time possible is {start.shown(old.newest)}."
+        )
+    if old.shadowed is not None and bill_from < old.shadowed and bill_from % old.longest:
+        step = old.longest
+        raise ResetRefused(
+            f"--bill-from {start.shown(bill_from)} lies within a window of which a total was shadowed, and part of it "
+            f"would be shadowed and billed. Choose {start.shown(bill_from - bill_from % step)} or "
+            f"{start.shown(bill_from - bill_from % step + step)}, up to which somebody else bills."
         )
     if bill_from < old.facts.bill_from and not newest_unknown:
         raise ResetRefused(

@@ -86,11 +86,20 @@ class Place:
         with self.store() as store:
             store.append(Append(Log.TOTALS, b"k", log_of_totals.encode(each)) for each in given)
 
-    def deliver(self, answer: Callable[[Attempt], Heard], *, known: dict[str, str | None], now: int = NOW) -> None:
+    def deliver(
+        self,
+        answer: Callable[[Attempt], Heard],
+        *,
+        known: dict[str, str | None],
+        now: int = NOW,
+        shadow: bool = False,
+    ) -> None:
         """Stage 2 until it has nothing left to do at this time."""
         with self.store() as store:
             restored = store.restore(Stage.DELIVER, 0)
-            delivery = Delivery(customers=Names(known), in_flight=1000, parked_limit=1000, outlet=Outlet(1000))
+            delivery = Delivery(
+                customers=Names(known), in_flight=1000, parked_limit=1000, outlet=Outlet(1000), shadow=shadow
+            )
             offset = restored.offset if restored else 1
             delivery.restore(offset, restored.entries if restored else (), now)
             for each in store.read(Log.TOTALS, offset - 1, 100_000):
@@ -815,6 +824,82 @@ def test_totals_that_are_not_kept_any_more_still_bound_a_reset(place: Place) -> 
 
     assert isinstance(old, reset.Old)
     assert old.newest == (T0 + 180) * 1000
+
+
+def shadowed(place: Place) -> Place:
+    """One total was billed; then three were shadowed, one for an hour; and one is unread."""
+    place.close(total(1))
+    place.deliver(lambda _: OK, known=KNOWN)
+    place.close(total(2), msgspec.structs.replace(total(3), window="1h"), total(4))
+    place.deliver(lambda _: OK, known=KNOWN, shadow=True)
+    place.close(total(5))
+    begun(place)
+    place.config.write_text(place.config.read_text().replace("livemode: false", "livemode: false, mode: shadow"))
+    return place
+
+
+def test_totals_are_shown_as_shadowed(place: Place) -> None:
+    lines = json_lines(shadowed(place).tallyman("totals", "--json", "--state", "shadowed"))
+
+    assert [(line["identifier"], line["stripe_customer"]) for line in lines] == [
+        ("tm1-4-alice", "cus_alice"),
+        ("tm1-3-alice", "cus_alice"),
+        ("tm1-2-alice", "cus_alice"),
+    ]
+    assert "billed" not in lines[0]
+
+
+def test_what_was_shadowed_may_be_billed_after_a_reset_from_the_beginning_of_its_windows(place: Place) -> None:
+    """Nobody has been billed for it here; but no window may be half somebody else's."""
+    old = looked(shadowed(place))
+
+    assert isinstance(old, reset.Old)
+    assert (old.newest, old.shadowed) == ((T0 + 120) * 1000, (T0 + 180 + 3600) * 1000)
+    assert judged(old, T0 + 119) == (
+        "--bill-from 2026-11-01T12:01:59Z is before the end of the newest window that has a total: what lies between "
+        "would be billed twice. The earliest time possible is 2026-11-01T12:02:00Z."
+    )
+    assert judged(old, T0 + 1800) == (
+        "--bill-from 2026-11-01T12:30:00Z lies within a window of which a total was shadowed, and part of it would be "
+        "shadowed and billed. Choose 2026-11-01T12:00:00Z or 2026-11-01T13:00:00Z, up to which somebody else bills."
+    )
+    reset.judge(old, (T0 + 3600) * 1000, NOW, read_before=True, newest_unknown=False)
+    place.config.write_text(place.config.read_text().replace("mode: shadow", "mode: send"))
+    sending = looked(place)
+    assert isinstance(sending, reset.Old)
+    assert sending.newest == (T0 + 360) * 1000, "what is unread would be sent"
+
+
+def test_a_total_that_may_have_been_sent_before_shadow_bounds_a_reset(place: Place) -> None:
+    place.close(total(1), total(2))
+    place.deliver(lambda _: Lost("TimeoutError"), known=KNOWN)
+    place.close(total(3))
+    place.deliver(lambda _: OK, known=KNOWN, shadow=True)
+    begun(place)
+    place.config.write_text(place.config.read_text().replace("livemode: false", "livemode: false, mode: shadow"))
+
+    old = looked(place)
+
+    assert isinstance(old, reset.Old)
+    assert (old.newest, old.shadowed) == ((T0 + 180) * 1000, (T0 + 240) * 1000)
+
+
+def test_what_was_shadowed_and_is_counted_anew_is_shown_once(place: Place) -> None:
+    """In topics the outcomes of the life before a reset stay where they are."""
+    place.close(total(1), total(2), total(3))
+    place.deliver(lambda _: OK, known=KNOWN, shadow=True)
+    with place.store() as store:
+        store.begin(Facts("test", "c", "usage-events", "t", (T0 + 120) * 1000, 0, NOW + 1), {})
+    place.close(total(2), total(3))
+    place.deliver(lambda _: OK, known=KNOWN, now=NOW + 2)
+
+    lines = json_lines(place.tallyman("totals", "--json"))
+
+    assert [(line["identifier"], line["state"]) for line in lines] == [
+        ("tm1-3-alice", "delivered"),
+        ("tm1-2-alice", "delivered"),
+        ("tm1-1-alice", "shadowed"),
+    ]
 
 
 def test_a_reset_that_fails_leaves_everything_as_it_was(busy: Place, monkeypatch: pytest.MonkeyPatch) -> None:
