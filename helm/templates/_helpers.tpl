@@ -49,6 +49,11 @@ imagePullSecrets:
 {{ int (dig "http" "port" 9464 .Values.config) }}
 {{- end }}
 
+{{- /* Where notifications of Stripe's are taken; empty where they are not. */}}
+{{- define "tallyman.webhookPort" -}}
+{{ with .Values.config }}{{ if kindIs "map" .webhook }}{{ int (dig "port" 9465 .webhook) }}{{ end }}{{ end }}
+{{- end }}
+
 {{- /* What is deployed: one process for both stages, or one for each. Names as in values. */}}
 {{- define "tallyman.workloads" -}}
 {{ ternary "service" "aggregate deliver" (eq "yes" (include "tallyman.sqlite" .)) }}

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from consumer import config
-from consumer.runtime import intake, membership, reporter
+from consumer.runtime import intake, membership, reporter, webhooks
 from consumer.storage import kafka_transactions
 from tests.helm import schema
 from tests.helm.conftest import Helm, RenderError
@@ -126,7 +126,7 @@ def test_probes_ask_for_progress_and_for_readiness(helm: Helm, values: Path) -> 
     port = read(values)["config"].get("http", {}).get("port", 9464)
     for pod in helm.objects(values).pods.values():
         (container,) = pod["containers"]
-        assert container["ports"] == [{"name": "http", "containerPort": port}]
+        assert container["ports"][0] == {"name": "http", "containerPort": port}
         assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
         assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
 
@@ -170,6 +170,7 @@ def test_counting_gets_no_key_of_stripes(helm: Helm) -> None:
     assert _secrets(pods["t-tallyman-deliver"]) == {
         **_secrets(pods["t-tallyman-aggregate"]),
         "STRIPE_SECRET_KEY": ("tallyman", "STRIPE_SECRET_KEY"),
+        "STRIPE_WEBHOOK_SECRET": ("tallyman", "webhook"),
     }
 
 
@@ -265,6 +266,27 @@ def test_only_what_sends_reaches_stripe(helm: Helm) -> None:
     }
 
 
+def test_stripes_notifications_find_what_sends(helm: Helm) -> None:
+    """Where the configuration takes them: from the ingress to the processes that deliver, and to no others."""
+    objects = helm.objects(SCRAM)
+    (rule,) = objects.one("Ingress")["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert (rule["host"], path["path"]) == ("usage.example", webhooks.PATH)
+    service = objects.of("Service")[path["backend"]["service"]["name"]]["spec"]
+    ports = {name: pod["containers"][0]["ports"] for name, pod in objects.pods.items()}
+    assert service["selector"]["app.kubernetes.io/component"] == "deliver"
+    assert service["ports"][0]["targetPort"] == "webhook"
+    assert {"name": "webhook", "containerPort": 9465} in ports["t-tallyman-deliver"]
+    assert len(ports["t-tallyman-aggregate"]) == 1
+    let_in = {
+        name: [port["port"] for rule in each["spec"].get("ingress", ()) for port in rule["ports"]]
+        for name, each in objects.of("NetworkPolicy").items()
+    }
+    assert let_in["t-tallyman-deliver"] == [9464, 9465]
+    assert let_in["t-tallyman-aggregate"] == [9464]
+    assert not helm.objects(MSK).of("Ingress")
+
+
 # Upgrades, and the release's own test
 
 
@@ -303,7 +325,7 @@ def test_the_releases_test_asks_every_process(helm: Helm, ready: bool) -> None:
 
     objects = helm.objects(SCRAM)
     _, *arguments = objects.one("Pod")["spec"]["containers"][0]["command"]
-    assert arguments[3:] == list(objects.of("Deployment"))
+    assert set(arguments[3:]) == set(objects.of("Deployment"))
     assert set(arguments[3:]) <= set(objects.of("Service"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Readyz) as pod:
         threading.Thread(target=pod.serve_forever, daemon=True).start()
@@ -370,7 +392,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 FREE = {"where", "options", "requests", "limits", "labels", "annotations", "podLabels", "podAnnotations", "affinity"}
-FREE |= {"nodeSelector", "podSecurityContext", "STRIPE_SECRET_KEY", "data", "secrets"}
+FREE |= {"nodeSelector", "podSecurityContext", "secrets", "data"}
 """Whose keys are the user's own, or Kubernetes', or a list of variables."""
 
 
@@ -398,7 +420,8 @@ def _misspell(given: Any, place: tuple[str, ...]) -> Iterator[str]:
             "config.storage.kind=sqlite,config.storage.path=/data/tallyman.db",
             "config.storage.path: the volume is mounted at /tallyman/var",
         ),
-        ("config.http.port=0", "config.http.port: 0 takes a free port"),
+        ("config.http.port=0", "config.http.port and config.webhook.port: 0 takes a free port"),
+        ("config.webhook.port=9465", "config.webhook: Stripe is known by STRIPE_WEBHOOK_SECRET: name it in secrets"),
         ("config.kafka.options.sasl\\.password=hunter2", "sasl.password"),
         ("secrets.STRIPE_KEY.key=stripe", "STRIPE_KEY"),
         ("existingSecret=", "secrets.STRIPE_SECRET_KEY: set existingSecret, or name the Secret"),
