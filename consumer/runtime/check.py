@@ -222,7 +222,11 @@ def _mode(config: Config) -> Iterator[Finding]:
     if config.stripe.mode == "hold":
         yield Finding("warning", "stripe", "stripe.mode is hold: totals are kept and nothing is sent; send sends them")
     elif config.stripe.mode == "shadow":
-        yield Finding("error", "stripe", "stripe.mode: shadow is not in this version yet; hold counts without sending")
+        yield Finding(
+            "warning",
+            "stripe",
+            "stripe.mode is shadow: nothing is sent, somebody else has to bill; `tallyman reconcile` compares",
+        )
 
 
 def _memory(config: Config) -> Iterator[Finding]:

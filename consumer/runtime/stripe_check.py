@@ -93,18 +93,29 @@ def findings(config: Config, key: str, clock: Clock) -> Iterator[Finding]:
     except WrongMode as wrong:
         yield Finding("error", "account", str(wrong))
     except KeyRefused as refused:
-        yield Finding("warning", "account", f"{refused}; without it nobody can tell here whether the meters fit")
+        if config.stripe.mode == "shadow":
+            yield Finding("error", "account", f"{refused}; without it nothing can be compared")
+        else:
+            yield Finding("warning", "account", f"{refused}; without it nobody can tell here whether the meters fit")
     except ReadFailed as failed:
         yield Finding("warning", "account", f"not looked at: {failed}")
     finally:
         reads.close()
 
 
+def _wrong(config: Config, what: str, says: str) -> Finding:
+    """What is wrong as soon as something is sent."""
+    if config.stripe.mode == "shadow":
+        says = f"{says.rstrip('.')}. In shadow nothing is sent: put it right before stripe.mode is send"
+        return Finding("warning", what, says)
+    return Finding("error", what, says)
+
+
 def _found(config: Config, reads: _Probe, clock: Clock) -> Iterator[Finding]:
     try:
         reads.try_sending()
     except KeyRefused as refused:
-        yield Finding("error", "account", str(refused))
+        yield _wrong(config, "account", str(refused))
     if reads.date is not None:
         yield _clock(reads.now() - clock.now())
     there = _by_name(reads.meters())
@@ -112,15 +123,15 @@ def _found(config: Config, reads: _Probe, clock: Clock) -> Iterator[Finding]:
     for event_name, (destination, names) in destinations(config).items():
         meter = there.get(event_name)
         if meter is None:
-            yield Finding(
-                "error",
+            yield _wrong(
+                config,
                 "meter",
                 f"Stripe has no meter with the event name {event_name} ({', '.join(names)}): totals would be parked. "
                 "`tallyman setup` creates it; or correct stripe.event_name",
             )
             continue
         wrong = [*unfit(meter, destination)]
-        yield from (Finding("error", "meter", f"{event_name}: {reason}") for reason in wrong)
+        yield from (_wrong(config, "meter", f"{event_name}: {reason}") for reason in wrong)
         if not wrong:
             yield Finding("ok", "meter", f"{event_name}: {meter.id} is active and sums raw events")
         yield _price(reads, meter)

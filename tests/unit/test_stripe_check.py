@@ -54,9 +54,9 @@ class Place:
         file.write_text(CONFIG.format(base=base or self.stripe.url, stripe=stripe, customers=customers))
         return load(file, {})
 
-    def found(self, key: str = SECRET_KEY) -> list[tuple[str, str, str]]:
+    def found(self, key: str = SECRET_KEY, stripe: str = "") -> list[tuple[str, str, str]]:
         """All that `check` says of the account."""
-        said = stripe_check.findings(self.config(), key, SystemClock())
+        said = stripe_check.findings(self.config(stripe=stripe), key, SystemClock())
         return [(each.level, each.what, each.says) for each in said]
 
     def misbilling(self, key: str = SECRET_KEY, base: str | None = None) -> str | None:
@@ -162,6 +162,37 @@ def test_a_key_may_lack_permissions(place: Place) -> None:
     ]
     assert [what for level, what, _ in no_prices if level == "warning"] == ["price", "price"]
     assert place.misbilling(SENDER) is None
+
+
+LATER: Final = ". In shadow nothing is sent: put it right before stripe.mode is send"
+
+
+def test_in_shadow_what_is_wrong_for_sending_is_a_warning(place: Place) -> None:
+    place.model.add_meter("tokens", formula="count")
+
+    found = place.found(READER, stripe=", mode: shadow")
+
+    assert [(level, what) for level, what, _ in found] == [
+        ("warning", "account"),
+        ("ok", "clock"),
+        ("ok", "account"),
+        ("warning", "meter"),
+        ("warning", "price"),
+        ("warning", "meter"),
+    ]
+    wrong = [text for level, what, text in found if level == "warning" and what != "price"]
+    assert all(text.endswith(LATER) for text in wrong)
+    assert "sending Meter Events: the Stripe key may not do this" in wrong[0]
+    assert "does not sum its events but has the formula count" in wrong[1]
+    assert "Stripe has no meter with the event name calls" in wrong[2]
+
+
+def test_in_shadow_a_key_has_to_read(place: Place) -> None:
+    for key, because in ((SENDER, "rak_billing_meter_read"), ("sk_test_wrong", "401")):
+        ((_, what, says),) = (each for each in place.found(key, stripe=", mode: shadow") if each[0] == "error")
+        assert what == "account"
+        assert because in says
+        assert says.endswith("; without it nothing can be compared")
 
 
 def test_a_key_that_stripe_does_not_know_is_an_error(place: Place) -> None:
