@@ -72,7 +72,7 @@ class Stripe:
                 trace_request_ctx=written,
             ) as response:
                 body = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as failed:
+        except (aiohttp.ClientError, OSError) as failed:
             what = type(failed).__name__
             return Lost(what) if written.anything else NeverConnected(what)
         return self._understand(attempt, response.status, response.headers, body)

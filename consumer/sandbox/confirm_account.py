@@ -22,7 +22,7 @@ AT_ONCE: Final = 10
 LOOK_AGAIN_S: Final = 5.0
 """How often a sum is asked for that is not there yet."""
 
-STILL_S: Final = 30.0
+STILL_S: Final = 60.0
 """A sum that has not changed for so long is taken for the last one."""
 
 
