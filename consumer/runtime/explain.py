@@ -79,7 +79,7 @@ class Story(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str | None = None
     """Why it is parked."""
     message: str | None = None
-    """What Stripe said, where that is why it is parked."""
+    """What Stripe said, where that is why it is parked or refused."""
     parked_at: int | None = None
     next_look: int | None = None
     """When it is tried again, where it is to be retried."""
@@ -164,7 +164,7 @@ def _told(found: Outcome | Entry | Total, logged: Total | None, commands: list[D
         finished_at=line.at,
         key=outcome.key if outcome else entry.key if entry and entry.attempts else None,
         reason=entry.reason if entry else None,
-        message=entry.message if entry else None,
+        message=entry.message if entry else line.reason if line.state is Standing.REFUSED else None,
         parked_at=entry.parked_at or None if entry and line.state is Standing.PARKED else None,
         next_look=entry.next_look or None if entry and line.state is Standing.PENDING else None,
     )
@@ -173,15 +173,20 @@ def _told(found: Outcome | Entry | Total, logged: Total | None, commands: list[D
 def _generations(found: Outcome | Entry | Total, decisions: list[Decision]) -> Iterator[Generation]:
     identifier = _identifier(found)
     last = 1 if isinstance(found, Total) else found.generation
+    billed_as = (found.billed_as or identifier) if isinstance(found, Outcome) and found.how in BILLED else None
     for number in range(1, last + 1):
         before = [each for each in decisions if each.generation == number]
         name = identifier_of(identifier, number)
         doubts = [each for each in before if each.first_unproven is not None]
-        if number < last or (isinstance(found, Outcome) and found.how == "discarded"):
+        if (
+            number < last
+            or (billed_as and billed_as != name)
+            or (isinstance(found, Outcome) and found.how == "discarded")
+        ):
             known = (doubts or before)[-1:]
             yield Generation(
                 name,
-                "maybe" if doubts else "no",
+                "yes" if name == billed_as else "maybe" if doubts else "no",
                 known[0].attempts if known else 0,
                 known[0].stripe_customer if known else None,
                 known[0].first_unproven if known else None,
