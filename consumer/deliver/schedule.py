@@ -63,8 +63,8 @@ class Schedule:
 
     @property
     def moving(self) -> int:
-        """How many are ready or sent."""
-        return len(self._lanes) + self._sent
+        """How many are sent, or will be soon: while the gate is shut those that are ready wait for hours."""
+        return self._sent if self._outlet.gate.shut else len(self._lanes) + self._sent
 
     @property
     def starved(self) -> bool:

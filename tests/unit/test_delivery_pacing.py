@@ -181,6 +181,27 @@ def test_only_one_probe_is_on_its_way() -> None:
     assert world.delivery.wake(world.now) is None or world.delivery.wake(world.now) != world.now
 
 
+def test_while_stripe_is_down_what_is_heard_is_durable_at_once() -> None:
+    """However many wait to be tried again: else, killed hours later, nobody knows what was refused or given up."""
+    world = crowd(30)
+    world.read()
+    world.commit()
+    sent = [world.must_send() for _ in range(30)]
+    for attempt in sent:
+        world.delivery.answered(attempt, Lost(), world.now)
+    assert world.delivery.shut == "down"
+    world.commit()
+    world.wait(HOUR)
+    probe = world.must_send()
+    world.delivery.answered(probe, Lost(), world.now)
+    assert world.due()
+    world.commit()
+    assert world.entry(probe.total).attempts == 2
+    world.wait(23 * HOUR)
+    assert world.send() is None, "all of them are given up"
+    assert world.due()
+
+
 def test_an_outage_of_days_leaves_no_doubts_about_what_was_never_sent() -> None:
     """Armed totals that cannot be sent are unmarked: a crash in the outage must not make tried ones of them."""
     world = crowd(100)
