@@ -75,6 +75,8 @@ class Command(msgspec.Struct, frozen=True, tag_field="kind", tag="command"):
     parking: int | None = None
     """Which time it is parked, as the operator saw it: of any other one nothing is decided. None is what earlier
     versions wrote: it means any, and releases nothing that may be at Stripe."""
+    found: str | None = None
+    """Discarded because it is at Stripe, under this identifier: it counts as delivered. None: nobody is billed."""
 
 
 class Rejection(msgspec.Struct, frozen=True, tag_field="kind", tag="rejection"):

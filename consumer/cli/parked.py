@@ -43,6 +43,12 @@ DespiteDoubt = Annotated[
         help="Also where Stripe's sums do not say that it is right: you know better. Needs --why; Stripe is not asked.",
     ),
 ]
+AtStripe = Annotated[
+    bool,
+    typer.Option(
+        "--at-stripe", help="With --despite-doubt: you know that it is at Stripe. It then counts as delivered."
+    ),
+]
 Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait until a running service has done it.")]
 
 
@@ -120,11 +126,11 @@ def release(
     given = read_config(config)
     _check_why(why, despite_doubt=despite_doubt)
     with opened_store(given) as store:
-        chosen = _chosen(
+        chosen, found = _chosen(
             store, given, "release", identifiers or [], reason=reason, meter=meter, despite_doubt=despite_doubt
         )
         _confirm("release", chosen, asked=not identifiers and not yes)
-        _decide(store, "release", chosen, by=by, reason=why, wait=wait)
+        _decide(store, "release", chosen, found, by=by, reason=why, wait=wait)
 
 
 @app.command()
@@ -137,24 +143,30 @@ def discard(
     why: Annotated[str, typer.Option(metavar="TEXT", help="Required: why nobody is to be billed for it.")] = "",
     by: By = None,
     despite_doubt: DespiteDoubt = False,
+    at_stripe: AtStripe = False,
     wait: Wait = 10.0,
     yes: Yes = False,
 ) -> None:
     """Give parked totals up: they will not be sent, and who decided so and why is kept with them.
 
-    One of which Stripe may already have an event only if Stripe's sums say that it is there, or --despite-doubt.
+    One of which Stripe may already have an event only if Stripe's sums say that it is there, or --despite-doubt. What
+    is there counts as delivered; of all others nobody is billed.
 
     Example: `tallyman parked discard tm1-20261101T1200Z-1m-r0-0d6f… --why "test customer"`
     """
     given = read_config(config)
     if not why.strip():
         raise Refused('discarding usage needs a reason: add --why "…"')
+    if at_stripe and not despite_doubt:
+        raise Refused("--at-stripe goes with --despite-doubt: without it, Stripe's sums tell what is there")
     with opened_store(given) as store:
-        chosen = _chosen(
+        chosen, found = _chosen(
             store, given, "discard", identifiers or [], reason=reason, meter=meter, despite_doubt=despite_doubt
         )
+        if at_stripe:
+            found = _known(chosen)
         _confirm("discard", chosen, asked=not identifiers and not yes)
-        _decide(store, "discard", chosen, by=by, reason=why, wait=wait)
+        _decide(store, "discard", chosen, found, by=by, reason=why, wait=wait)
 
 
 def _check_why(why: str, *, despite_doubt: bool) -> None:
@@ -171,8 +183,11 @@ def _chosen(
     reason: Reason | None,
     meter: str | None,
     despite_doubt: bool,
-) -> list[Entry]:
-    """The parked totals that are meant; those for which something else is right are refused, or left out."""
+) -> tuple[list[Entry], dict[str, str | None]]:
+    """The parked totals that are meant, and as what they are at Stripe, where Stripe's sums say that they are.
+
+    Those for which something else is right are refused, or left out.
+    """
     if identifiers and (reason or meter):
         raise Refused("give identifiers, or --reason and --meter, not both")
     if not identifiers and not reason and not meter:
@@ -198,7 +213,18 @@ def _chosen(
     if not chosen:
         typer.echo("no parked total matches", err=True)
         raise typer.Exit(1)
-    return chosen
+    return chosen, {name: told.found for name, told in judged.items()}
+
+
+def _known(chosen: list[Entry]) -> dict[str, str | None]:
+    """As what they are at Stripe, where somebody knows that they are."""
+    found = {each.total.identifier: evidence.last_sent_as(each) for each in chosen}
+    for identifier, sent_as in found.items():
+        if sent_as is None:
+            raise audit.DecisionRefused(
+                f"{identifier} cannot be at Stripe: leave out --at-stripe. Nothing was changed."
+            )
+    return found
 
 
 def _judge(store: Archive, config: Config, entries: list[Entry]) -> list[evidence.Judged]:
@@ -223,13 +249,14 @@ def _decide(
     store: Archive,
     action: Literal["release", "discard"],
     chosen: list[Entry],
+    found: dict[str, str | None],
     *,
     by: str | None,
     reason: str,
     wait: float,
 ) -> None:
     outcomes_from = store.ends(Log.OUTCOMES)
-    decided = audit.decide(store, action, chosen, by=by or _user(), reason=reason.strip(), at=CLOCK.now())
+    decided = audit.decide(store, action, chosen, by=by or _user(), reason=reason.strip(), at=CLOCK.now(), found=found)
     running = store.holder() is not None
     with show.status("waiting for the service"):
         became = audit.follow(store, decided, outcomes_from=outcomes_from, patience_s=wait if running else 0)

@@ -338,7 +338,8 @@ class Delivery:
         if refusal:
             self._note(now, identifier, f"{command.action} by {command.by} is refused: {refusal}")
         elif command.action == "discard":
-            self._finish(self._unpark(identifier, command), "discarded", now, command=command)
+            how: How = "discarded" if command.found is None else "duplicate"
+            self._finish(self._unpark(identifier, command), how, now, command=command)
         else:
             released = self._unpark(identifier, command)
             self.stops.cured(released.total.stripe.event_name)
@@ -584,8 +585,9 @@ class Delivery:
         self, entry: Entry, how: How, now: int, *, attempt: Attempt | None = None, command: Command | None = None
     ) -> None:
         key = attempt.key if attempt else None
-        rejected = next((each for each in entry.rejected if rejects(how, key, entry.identifier, each.key)), None)
         finished = outcome(entry, how, now, key=key, command=command)
+        billed_as = finished.billed_as or finished.identifier
+        rejected = next((each for each in entry.rejected if rejects(how, key, billed_as, each.key)), None)
         if rejected is not None:
             finished = refused(finished, rejected.why, now)
         self.ledger.finish(entry.total, finished.how)
@@ -625,7 +627,10 @@ def _refusal(entry: Entry, command: Command) -> str | None:
             f"it was decided when the total was parked for the {_nth(command.parking)} time, and this is the "
             f"{_nth(entry.parking)}"
         )
-    if command.action == "discard" or entry.first_unproven is None:
+    if command.action == "discard":
+        nowhere = command.found is not None and entry.sent_to(command.found) is None
+        return f"nothing of it can be at Stripe under {command.found}" if nowhere else None
+    if entry.first_unproven is None:
         return None
     if command.parking is None:
         return (

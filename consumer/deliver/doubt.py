@@ -103,6 +103,8 @@ class Recommendation(msgspec.Struct, frozen=True, omit_defaults=True):
     why: str
     until: int | None = None
     """When more will be known, in milliseconds since the epoch."""
+    found: str | None = None
+    """Under which identifier it is there, where it is: of several that may be, the last one."""
 
 
 # What is where
@@ -142,6 +144,11 @@ def finished(outcome: Outcome) -> tuple[tuple[Place, Piece] | None, dict[Place, 
     maybe = _earlier(outcome.decisions, outcome.identifier, outcome.value, name, stamp)
     value = scaled(outcome.billed) if outcome.how in BILLED else for_stripe(scaled(outcome.value))
     piece = Piece(outcome.billed_as or outcome.identifier, value, outcome.at)
+    if outcome.how in BILLED:
+        # What was found there by its sum was in doubt before.
+        found = [each for _, each in maybe if each.identifier == piece.identifier]
+        maybe = [(place, each) for place, each in maybe if each not in found]
+        piece = found[-1] if found else piece
     if outcome.stripe_customer is None:
         return None, _grouped(maybe)
     place = place_of(outcome.stripe_customer, name, stamp)
@@ -194,8 +201,12 @@ def recommend(reason: Reason, sights: Sequence[Sight], *, incomplete: str = "") 
     if incomplete:
         return Recommendation(Advice.CANNOT_TELL, f"What was delivered there is not known: {incomplete}.")
     told: dict[str, list[_Told]] = {}
-    for each in map(_look, sights):
+    found: str | None = None
+    for sight in sights:
+        each = _look(sight)
         told.setdefault(each.what, []).append(each)
+        if each.what == "there":
+            found = sight.own[-1].identifier
     first = next(what for what in ("there", "wait", "unknown", "absent") if what in told)
     why = " ".join(each.why for each in told[first])
     if first == "wait":
@@ -208,7 +219,7 @@ def recommend(reason: Reason, sights: Sequence[Sight], *, incomplete: str = "") 
         )
         first = "unknown"
     advice = {"there": Advice.DISCARD, "absent": Advice.RELEASE, "unknown": Advice.CANNOT_TELL}[first]
-    return Recommendation(advice, why)
+    return Recommendation(advice, why, found=found)
 
 
 def _clear(reason: Reason) -> Recommendation:

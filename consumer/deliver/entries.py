@@ -86,6 +86,8 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     stripe_customer: str | None = None
     message: str | None = None
     """What Stripe said, where that is why it was parked."""
+    found: str | None = None
+    """Under which identifier it was found to be at Stripe, where that is why it was given up."""
 
     @property
     def newest(self) -> int | None:
@@ -154,10 +156,20 @@ class Entry(msgspec.Struct, array_like=True):
             first_unproven=self.first_unproven,
             stripe_customer=self.customer,
             message=self.message,
+            found=command.found,
         )
         clear = [each for each in self.decisions if each.first_unproven is None]
         dropped = clear[0] if len(clear) >= KEPT else None
         self.decisions = [*(each for each in self.decisions if each is not dropped), decision]
+
+    def sent_to(self, identifier: str) -> str | None:
+        """The Stripe customer who may have been billed for it under this identifier; None where nobody can have."""
+        if identifier == self.identifier and self.first_unproven is not None:
+            return self.customer
+        for each in reversed(self.decisions):
+            if each.newest is not None and identifier == identifier_of(self.total.identifier, each.generation):
+                return each.stripe_customer
+        return None
 
     def renew(self) -> None:
         """Begin anew: under the next generation of the identifier, where the last one may be at Stripe."""
@@ -248,6 +260,8 @@ def outcome(
     total = entry.total
     value = scaled(total.value)
     billed = for_stripe(value) if how in BILLED else 0
+    found = command.found if command else None
+    billed_as = found or entry.identifier
     return Outcome(
         identifier=total.identifier,
         how=how,
@@ -266,14 +280,14 @@ def outcome(
         value=total.value,
         billed=plain(billed),
         rounded=plain(value - billed) if how in BILLED else "0",
-        stripe_customer=entry.customer,
+        stripe_customer=entry.sent_to(found) if found else entry.customer,
         attempts=entry.attempts,
         key=key,
         first_unproven=entry.first_unproven,
         by=command.by if command else None,
         reason=command.reason if command else None,
         generation=entry.generation,
-        billed_as=entry.identifier if how in BILLED and entry.generation > 1 else None,
+        billed_as=billed_as if how in BILLED and billed_as != total.identifier else None,
         decisions=tuple(entry.decisions),
     )
 

@@ -268,15 +268,26 @@ class Place(NamedTuple):
 
 
 def decide(
-    store: Archive, action: Literal["release", "discard"], chosen: Sequence[Entry], *, by: str, reason: str, at: int
+    store: Archive,
+    action: Literal["release", "discard"],
+    chosen: Sequence[Entry],
+    *,
+    by: str,
+    reason: str,
+    at: int,
+    found: Mapping[str, str | None],
 ) -> dict[str, Place]:
     """Append decisions to the totals log, for the service to apply; returns where they are, by identifier.
 
     Each has the key that its total has: it lies behind it in the same partition, and who owns the one reads the other.
     Each is about the total as it is parked in ``chosen``: of one that has been parked anew since, nothing is decided.
+    ``found`` tells of those to be discarded under which identifier they are at Stripe: these count as delivered.
     """
     decisions = {
-        Command(action, each.total.identifier, by, reason, at, each.parking): each.total.customer for each in chosen
+        Command(
+            action, name := each.total.identifier, by, reason, at, each.parking, found.get(name)
+        ): each.total.customer
+        for each in chosen
     }
     before = store.ends(Log.TOTALS)
     store.append(Append(Log.TOTALS, customer.encode(), totals.encode(each)) for each, customer in decisions.items())

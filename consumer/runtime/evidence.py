@@ -61,6 +61,12 @@ def is_doubtful(entry: Entry) -> bool:
     return bool(own(entry))
 
 
+def last_sent_as(entry: Entry) -> str | None:
+    """Under which identifier something of it may be at Stripe; of several the last one, None where nothing may be."""
+    pieces = [piece for several in own(entry).values() for piece in several]
+    return pieces[-1].identifier if pieces else None
+
+
 def names(config: Config) -> Customers | None:
     """Who customers are at Stripe, as the service is told now; None where that cannot be read."""
     if not isinstance(config.customers, CustomerFileConfig):

@@ -195,7 +195,7 @@ def test_a_doubt_is_settled_by_stripes_sums_or_by_a_person_and_its_story_is_told
     desk.deliver(note)
     assert sent == ["tm1-1-cus1-g2"]
     assert set(desk.standing().items()) == {
-        ("tm1-0-cus0", "discarded"),
+        ("tm1-0-cus0", "delivered"),
         ("tm1-1-cus1", "delivered"),
         ("tm1-2-cus2", "delivered"),
     }

@@ -8,6 +8,7 @@ import pytest
 
 from consumer.deliver.answers import Answer, Heard, Lost
 from consumer.deliver.delivery import Attempt
+from consumer.deliver.doubt import finished
 from consumer.deliver.entries import KEPT, LONGEST, Decision, Outcome, Reason, pack, unpack
 from consumer.totals import Command, Total
 from tests.unit.delivery_world import BROKEN, HOUR, MINUTE, REFUSED, World, duplicate
@@ -105,6 +106,45 @@ def test_a_discard_is_recorded_with_what_may_be_at_stripe() -> None:
     assert decision.newest == decision.parked_at
     assert len(world.stripe.billed) == 1
     assert world.balanced()
+
+
+@pytest.mark.parametrize("parked", [partial(in_doubt, arrived=True), collided, refused])
+def test_what_is_found_at_stripe_counts_as_delivered(parked: Callable[[World], str]) -> None:
+    """It is billed: books, totals and comparisons with Stripe's sums have to say so."""
+    world = World()
+    identifier = parked(world)
+    (entry,) = world.delivery.parked()
+    world.log.append(Command("discard", identifier, "ann", "in the sum", world.now, 1, identifier))
+    world.run(world.now + MINUTE)
+    (outcome,) = world.outcomes
+    assert (outcome.how, outcome.billed, outcome.stripe_customer) == ("duplicate", "5", "cus_alice")
+    assert (outcome.by, outcome.reason, outcome.billed_as) == ("ann", "in the sum", None)
+    book = world.delivery.ledger.books["ai-tokens"]
+    assert (book.delivered.totals, book.discarded.totals) == (1, 0)
+    assert world.balanced()
+    sure, maybe = finished(outcome)
+    assert sure is not None
+    assert (sure[1].identifier, sure[1].newest, maybe) == (identifier, entry.parked_at, {})
+
+
+def test_an_earlier_generation_that_is_found_is_billed_to_whom_it_was_sent() -> None:
+    world = World()
+    identifier = in_doubt(world, arrived=True)
+    world.command("release", identifier)
+    world.names.known["alice"] = "cus_other"
+    world.delivery.remap(world.names, world.now)
+    world.run(world.now + MINUTE, lambda _: REFUSED)
+    assert world.parked() == {identifier: "refused"}
+    for wrong in (f"{identifier}-g2", f"{identifier}-g3", "tm1-other"):
+        world.log.append(Command("discard", identifier, "ann", "", world.now, 2, wrong))
+    world.log.append(Command("discard", identifier, "ann", "", world.now, 2, identifier))
+    world.run(world.now + MINUTE)
+    assert [note.text.partition(": ")[2] for note in world.delivery.notes] == [
+        f"nothing of it can be at Stripe under {wrong}"
+        for wrong in (f"{identifier}-g2", f"{identifier}-g3", "tm1-other")
+    ]
+    (outcome,) = world.outcomes
+    assert (outcome.how, outcome.stripe_customer, outcome.billed_as) == ("duplicate", "cus_alice", None)
 
 
 def test_every_generation_has_a_day_of_its_own_and_is_in_doubt_after_it() -> None:

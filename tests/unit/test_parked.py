@@ -166,11 +166,11 @@ def test_a_doubt_that_is_at_stripe_is_found_there_and_discarded(desk: Desk) -> N
     desk.says("parked", "discard", "tm1-x", "--why", "it is in Stripe's sum", "--by", "ann")
     desk.deliver()
     story = desk.story("tm1-x")
-    assert story["state"] == "discarded"
+    assert (story["state"], story["billed"]) == ("delivered", "5"), "it is billed, whoever found that out"
     assert [(each["action"], each["by"], each["carried_out"]) for each in story["decisions"]] == [
         ("discard", "ann", "yes")
     ]
-    assert story["generations"][0]["at_stripe"] == "maybe"
+    assert story["generations"][0]["at_stripe"] == "yes"
     assert desk.billed() == {"tm1-a": "12", "tm1-x": "5"}
 
 
@@ -258,6 +258,44 @@ def test_of_two_doubts_of_the_same_value_nobody_can_tell(desk: Desk) -> None:
     desk.says("parked", "discard", "tm1-x", "--despite-doubt", "--why", "the proxy's log has x")
     desk.deliver()
     assert desk.billed() == {"tm1-x": "5", "tm1-y-g2": "5"}
+    assert desk.story("tm1-x")["state"] == "discarded", "that it is at Stripe was not said"
+
+
+def test_what_somebody_knows_to_be_at_stripe_counts_as_delivered_and_tells_of_the_others(desk: Desk) -> None:
+    desk.doubt(total("x"), total("y"), arrives=("tm1-x",))
+    desk.wait(DAY)
+    assert "goes with --despite-doubt" in desk.refuses("parked", "discard", "tm1-x", "--at-stripe", "--why", "a log")
+    desk.says("parked", "discard", "tm1-x", "--despite-doubt", "--at-stripe", "--why", "the proxy's log has x")
+    desk.deliver()
+    story = desk.story("tm1-x")
+    assert (story["state"], story["billed"], story["generations"][0]["at_stripe"]) == ("delivered", "5", "yes")
+    assert desk.advice("tm1-y") == "release", "x makes up for all of the sum"
+    desk.says("parked", "release", "tm1-y")
+    desk.deliver()
+    assert desk.billed() == {"tm1-x": "5", "tm1-y-g2": "5"}
+
+
+def test_an_earlier_generation_that_turns_up_is_what_was_delivered(desk: Desk) -> None:
+    """Somebody released it too early, and the second one was never written."""
+    desk.doubt(total("x"), arrives=("tm1-x",))
+    desk.says("parked", "release", "tm1-x", "--despite-doubt", "--why", "too sure")
+    desk.deliver(arrives=())
+    desk.wait(DAY)
+    desk.deliver()
+    desk.wait(DAY)
+    assert desk.advice("tm1-x") == "discard"
+    desk.says("parked", "discard", "tm1-x", "--why", "the first one is there")
+    desk.deliver()
+    story = desk.story("tm1-x")
+    assert (story["state"], story["billed"]) == ("delivered", "5")
+    assert [each["at_stripe"] for each in story["generations"]] == ["maybe", "yes"], "one of them, the sum says"
+
+
+def test_what_was_never_tried_cannot_be_at_stripe(desk: Desk) -> None:
+    desk.close(total("x", customer="nobody"))
+    desk.deliver()
+    refusal = desk.refuses("parked", "discard", "tm1-x", "--despite-doubt", "--at-stripe", "--why", "sure")
+    assert "tm1-x cannot be at Stripe" in refusal
 
 
 def test_a_selection_takes_those_whose_sums_decide(desk: Desk) -> None:
