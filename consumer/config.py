@@ -342,6 +342,14 @@ class Config(Section):
 
     _secrets: credentials.Secrets = PrivateAttr(default_factory=credentials.Secrets)
 
+    @field_validator("webhook")
+    @classmethod
+    def _apart(cls, value: Webhook | None, info: ValidationInfo) -> Webhook | None:
+        http = info.data.get("http")
+        if value is not None and http is not None and value.port == http.port != 0:
+            raise invalid([(("port",), f"is http.port too ({value.port}): they are not for the same visitors")])
+        return value
+
     @field_validator("meters", mode="wrap")
     @classmethod
     def _together(cls, value: object, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> object:

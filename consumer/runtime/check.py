@@ -57,7 +57,8 @@ def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
     yield from _memory(config)
     yield _judged("customers", lambda: _customers(config), customers.CustomerFileError)
     if holder is None:
-        yield _http(config.http.host, config.http.port)
+        yield _free("http", config.http.host, config.http.port)
+    yield from _webhook(config, holder)
 
 
 def _judged(what: str, look: Callable[[], str], *refusals: type[Exception]) -> Finding:
@@ -247,14 +248,28 @@ def _customers(config: Config) -> str:
     return f"{config.customers.path} names {len(known)} customers"
 
 
-def _http(host: str, port: int) -> Finding:
+def _webhook(config: Config, holder: str | None) -> Iterator[Finding]:
+    if config.webhook is None:
+        return
+    try:
+        secrets = service.webhook_secrets(config)
+    except service.ServiceError as wrong:
+        yield Finding("error", "webhook", str(wrong))
+    else:
+        known = "a secret" if len(secrets) == 1 else f"one of {len(secrets)} secrets"
+        yield Finding("ok", "webhook", f"Stripe's notifications are taken where they are signed with {known}")
+    if holder is None:
+        yield _free("webhook", config.webhook.host, config.webhook.port)
+
+
+def _free(section: str, host: str, port: int) -> Finding:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
     except OSError as failed:
         return Finding(
             "error",
-            "http",
-            f"{host}:{port} cannot be listened on ({failed.strerror}): end what does, or change http.port",
+            section,
+            f"{host}:{port} cannot be listened on ({failed.strerror}): end what does, or change {section}.port",
         )
-    return Finding("ok", "http", f"{host}:{port} is free")
+    return Finding("ok", section, f"{host}:{port} is free")

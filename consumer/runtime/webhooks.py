@@ -155,7 +155,9 @@ class Webhooks:
         """Listen; returns the port, which is a free one where 0 was asked for. Raises ``OSError``."""
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
-        return int(self._runner.addresses[0][1])
+        taken = int(self._runner.addresses[0][1])
+        log.info("webhook_listens", host=host, port=taken)
+        return taken
 
     async def stop(self) -> None:
         """Listen no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def standing(*services: Service) -> dict[str, float]:
 
 def tallyman(service: Service, *words: str) -> Any:
     """A command beside the service."""
-    env = {"STRIPE_SECRET_KEY": SECRET_KEY, "COLUMNS": "250"}
+    env = {"COLUMNS": "250", **service.environ}
     return CliRunner().invoke(app, [*words, "-c", str(service.folder / "tallyman.yaml")], env=env)
 
 
@@ -246,3 +247,27 @@ def test_whoever_is_notified_the_owner_of_a_total_refuses_it(on: Bench) -> None:
     assert standing(first)["refused"] < 5, "the other one has some"
     for each in (first, second):
         each.stop()
+
+
+def test_what_a_webhook_needs_is_checked_before_a_start(on: Bench) -> None:
+    service = listening(on.service(Topic.create(on.kafka)))
+
+    def found() -> list[tuple[str, str]]:
+        lines = map(json.loads, tallyman(service, "check", "--json").stdout.splitlines())
+        return [(each["level"], each["says"]) for each in lines if each["what"] == "webhook"]
+
+    service.write()
+    host, port = service.config["webhook"].values()
+    assert found() == [
+        ("ok", "Stripe's notifications are taken where they are signed with a secret"),
+        ("ok", f"{host}:{port} is free"),
+    ]
+    service.environ["STRIPE_WEBHOOK_SECRET"] = SECRET_KEY
+    with socket.create_server((host, port)):
+        (secret, place) = found()
+        assert secret[0] == place[0] == "error"
+        assert "is no signing secret" in secret[1]
+        assert place[1].endswith("end what does, or change webhook.port")
+        assert "is no signing secret" in service.refuses()
+        service.environ["STRIPE_WEBHOOK_SECRET"] = SECRET
+        assert service.refuses().startswith(f"webhook: {host}:{port} cannot be listened on")

@@ -194,6 +194,8 @@ WRONG: list[tuple[Mapping[str, Any], str, str]] = [
     ({"limits.open_keys": "1_000"}, "limits.open_keys", "must be a whole number"),
     ({"limits.open_keys": True}, "limits.open_keys", "must be a whole number, not true"),
     ({"http.port": 70_000}, "http.port", "must be at most 65535"),
+    ({"webhook": {"port": 9464}}, "webhook.port", "is http.port too"),
+    ({"webhook": {"secret": "x"}}, "webhook.secret", "unknown key"),
     ({"kafka.bootstrap_servers": "broker"}, "kafka.bootstrap_servers", "must be host:port"),
     ({"kafka|options|fetch.min.bytes": [1]}, 'kafka.options["fetch.min.bytes"]', "must be text, a number"),
 ]
