@@ -1,8 +1,26 @@
 """Dead letters: events that cannot be counted, kept with the reason so that they can be mended and sent again."""
 
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
+
+from consumer.events import Reason
+
+REASONS: Final = (
+    *get_args(Reason),
+    "time_invalid",
+    "late",
+    "future",
+    "arrival_in_future",
+    "customer_missing",
+    "customer_invalid",
+    "customer_too_long",
+    "value_missing",
+    "value_not_a_number",
+    "value_negative",
+    "value_out_of_range",
+)
+"""Why an event cannot be counted, for metrics; letters of other versions may have others."""
 
 LARGEST_VALUE: Final = 256 * 1024
 """Bytes of an event kept in its letter; of a larger one only the place in its topic is kept."""

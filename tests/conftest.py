@@ -20,6 +20,7 @@ _LOUD = {
     "no real Kafka: ": "NOTHING WAS TESTED ON A REAL KAFKA",
     "no stripe-mock: ": "NO REQUEST WAS COMPARED WITH STRIPE'S SPECIFICATION",
     "no helm: ": "THE CHART WAS NOT RENDERED",
+    "no promtool: ": "NO ALERT WAS TRIED",
     "no image: ": "THE IMAGE WAS NEITHER BUILT NOR RUN",
 }
 """How the reason begins for which a test is skipped, and what that comes to."""

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from consumer import __version__
+from consumer.deadletters import REASONS
 from consumer.deliver.answers import Heard, Verdict, judge
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.ledger import Book, Column
@@ -28,6 +29,8 @@ _SECONDS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
 """Stripe usually answers within a third of a second."""
 
 _BILLED: Final = frozenset({Verdict.DELIVERED, Verdict.DUPLICATE})
+
+_MODES: Final = ("send", "hold", "shadow")
 
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each counter that nobody asks for
@@ -58,6 +61,8 @@ class Requests:
         self._late_value = Counter(
             "tallyman_totals_after_grace_value", "The value of those totals.", ["meter"], registry=registry
         )
+        for verdict in Verdict:
+            self._answers.labels(verdict.value)
 
     def observe(self, attempt: Attempt, heard: Heard, seconds: float) -> None:
         """One request is over."""
@@ -116,9 +121,11 @@ class State(Collector):
         silence: Silence,
         *,
         grace: int,
+        mode: str,
     ) -> None:
-        """``grace``: as in ``Requests``."""
+        """``grace``: as in ``Requests``. ``mode``: what is done with totals, as configured."""
         self._grace = grace
+        self._mode = mode
         self._intake = intake
         self._reporter = reporter
         self._clock = clock
@@ -167,7 +174,8 @@ class State(Collector):
             unkeyed.add_metric([partition], book.unkeyed)
             events.add_metric([partition, "counted", ""], book.counted)
             events.add_metric([partition, "duplicate", ""], book.duplicate)
-            for reason, count in book.dead.items():
+            # All reasons, so that the first event of one is an increase.
+            for reason, count in (dict.fromkeys(REASONS, 0) | book.dead).items():
                 events.add_metric([partition, "dead_letter", reason], count)
             for reason, count in book.ignored.items():
                 events.add_metric([partition, "ignored", reason], count)
@@ -281,6 +289,14 @@ class State(Collector):
 
     def _sending(self, reporter: Reporter) -> Iterator[Metric]:
         now, deliveries, outlet = self._clock.now(), reporter.deliveries, reporter.outlet
+        modes = GaugeMetricFamily(
+            "tallyman_stripe_mode",
+            "1 for what is done with totals: send, hold (nothing, for now) or shadow (everything but the requests).",
+            labels=["mode"],
+        )
+        for mode in _MODES:
+            modes.add_metric([mode], mode == self._mode)
+        yield modes
         yield GaugeMetricFamily(
             "tallyman_stripe_up", "1 while Stripe answers, 0 during an outage.", outlet.gate.shut is not Shut.DOWN
         )

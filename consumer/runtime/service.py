@@ -9,7 +9,7 @@ from threading import Event, Thread
 from typing import Any, Final
 
 import structlog
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from consumer.config import Config, SqliteStorage
 from consumer.config import CustomerFile as CustomerFileConfig
@@ -180,6 +180,7 @@ class _Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         grace = int(self._config.stripe.finalization_grace)
         requests = Requests(registry, grace=grace, clock=self._clock)
         http = Http(registry, stuck=self._stuck, not_ready=self._not_ready)
@@ -188,6 +189,9 @@ class _Service:
             port = await self._listen(http, "http", self._config.http)
             if webhooks is not None and self._config.webhook is not None:
                 await self._listen(webhooks, "webhook", self._config.webhook)
+            # Whoever waits for Kafka shows that it does.
+            waiting = self._state(grace)
+            registry.register(waiting)
             # First of all: what is refused here has begun nothing.
             await self._judge_meters()
             ground = await self._begun()
@@ -196,7 +200,8 @@ class _Service:
             try:
                 self._waits_for = None
                 self._prepare(ground, requests)
-                registry.register(State(self._intake, self._reporter, self._clock, self._silence, grace=grace))
+                registry.unregister(waiting)
+                registry.register(self._state(grace))
                 await self._stages(ground, port)
             finally:
                 await asyncio.to_thread(ground.close)
@@ -208,14 +213,22 @@ class _Service:
                 await self._stripe.close()
         log.info("stopped")
 
+    def _state(self, grace: int) -> State:
+        mode = self._config.stripe.mode
+        return State(self._intake, self._reporter, self._clock, self._silence, grace=grace, mode=mode)
+
     async def _begun(self) -> Ground | None:
         """The ground under both stages, as soon as Kafka answers; None where we are to stop before."""
         while not self._stop.is_set():
             try:
-                return await asyncio.to_thread(_begin, self._config, self._clock, self._source, self._wanted)
+                ground = await asyncio.to_thread(_begin, self._config, self._clock, self._source, self._wanted)
             except (SourceSilent, Unreachable) as failed:
                 self._waits_for = str(failed)
+                self._silence.since = self._silence.since or self._clock.now()
                 log.warning("kafka_silent", reason=self._waits_for)
+            else:
+                self._silence.broken()
+                return ground
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), BEGIN_AGAIN_S)
         return None

@@ -85,6 +85,7 @@ def test_a_start_waits_for_kafka_and_says_so(on: Bench, topic: Topic, own_kafka:
     service.spawn()
     service.until(lambda: "Kafka does not answer" in service.get("/readyz")[1], "it says what it waits for")
     assert service.get("/healthz") == (200, "ok\n"), "an outage is no reason to start it again"
+    assert service.metrics().by("tallyman_kafka_up") == {(): 0}
     own_kafka.start()
     usage.until_billed(on, service)
     service.stop()

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from typer.testing import CliRunner
 
 from consumer import cli, config
+from consumer.deadletters import REASONS
 from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected, Verdict, judge
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.pacing import Outlet
@@ -166,6 +167,7 @@ def families(tmp_path: Path) -> list[_Family]:
         source = Source({"bootstrap.servers": "127.0.0.1:1", "log_level": "0"}, "usage-events", "docs")
         stripe = Stripe("sk_test_docs", api_base="http://127.0.0.1:1", livemode=False, clock=clock)
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         requests = Requests(registry, grace=0, clock=clock)
         Reports(registry).rejected(Reported("evt_1", None, 0, 10, {"no_meter": 1}, ()), 0)
         requests.observe(Attempt("tm1", "tm1", "m", "m", "1", {}, 0, "cus_1"), Answer(200), 0.1)
@@ -201,7 +203,7 @@ def families(tmp_path: Path) -> list[_Family]:
                 observe=requests.observe,
             )
             intake.run(lambda: True)
-            registry.register(State(intake, reporter, clock, intake.silence, grace=3_600_000))
+            registry.register(State(intake, reporter, clock, intake.silence, grace=3_600_000, mode="send"))
             found = [
                 _Family(m.name + _SUFFIX.get(m.type, ""), m.type, _labels(m), m.documentation)
                 for m in registry.collect()
@@ -236,6 +238,13 @@ def test_every_metric_that_a_page_names_is_served(page: Path, families: list[_Fa
     served |= {f"{each.name}_{part}" for each in families if each.kind == "histogram" for part in ("bucket", "count")}
     named = set(re.findall(r"\btallyman_[a-z_]+[a-z]\b", page.read_text(encoding="utf-8")))
     assert named <= served
+
+
+def test_every_reason_of_a_dead_letter_is_explained_and_shown() -> None:
+    """The table of reasons has those that the metrics begin with."""
+    table = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8").partition("## Dead letters")[2]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {name for cell in cells for name in _CODE.findall(cell)} == set(REASONS)
 
 
 # What Stripe's answers prove
