@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from tests.go import GoUnavailableError, program
-from tests.helm import manifests
+from tests.helm import engine, manifests
 from tests.helm.schema import CHART
 
 NEWEST: Final = "1.37.0"
@@ -117,3 +118,14 @@ def validated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         return done.stdout + done.stderr
 
     return validate
+
+
+@pytest.fixture(scope="session")
+def image() -> Iterator[engine.Image]:
+    """The image, built by the engine that runs it."""
+    with ExitStack() as running:
+        try:
+            built = running.enter_context(engine.image())
+        except engine.EngineUnavailableError as error:
+            pytest.skip(f"no image: {error}")
+        yield built

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+ROOT: Final = Path(__file__).parents[2]
 START_S: Final = 30
 BASE_SUITE: Final = "trixie"
 """The release of Debian that the base is made of, with the same Python."""
@@ -46,6 +48,25 @@ class Engine:
     def build(self, folder: Path, tag: str) -> None:
         """Build an image. With an engine of our own the build shares this host's network: it has none itself."""
         self("build", *self.network, *self.proxies, "--tag", tag, str(folder))
+
+
+@dataclass(frozen=True)
+class Image:
+    """The image, and the engine that has it."""
+
+    engine: Engine
+    name: str
+
+
+@contextmanager
+def image() -> Iterator[Image]:
+    """The image of this source, built; raises ``EngineUnavailableError``."""
+    base = re.search(r"^ARG BASE=(\S+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    if base is None:
+        raise RuntimeError("the Dockerfile names no base")
+    with engine(base[1]) as found:
+        found.build(ROOT, "tallyman:test")
+        yield Image(found, "tallyman:test")
 
 
 @contextmanager

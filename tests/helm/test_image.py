@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.helm.engine import Engine, EngineUnavailableError, engine
+from tests.helm.engine import ROOT, Image
 
-ROOT: Final = Path(__file__).parents[2]
 MOST_BYTES: Final = 120_000_000
 HEALTHY_S: Final = 30
 
@@ -21,23 +18,10 @@ LITTLE: Final = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privile
 """As the chart runs it, and without a network."""
 
 
-@pytest.fixture
-def image() -> Iterator[tuple[Engine, str]]:
-    """An engine, and the name of the image, which is built by it."""
-    base = re.search(r"^ARG BASE=(\S+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert base is not None
-    try:
-        with engine(base[1]) as docker:
-            docker.build(ROOT, "tallyman:test")
-            yield docker, "tallyman:test"
-    except EngineUnavailableError as error:
-        pytest.skip(f"no image: {error}")
-
-
 @pytest.mark.slow
-def test_the_image_is_small_may_do_nothing_and_does_the_job(image: tuple[Engine, str], tmp_path: Path) -> None:
+def test_the_image_is_small_may_do_nothing_and_does_the_job(image: Image, tmp_path: Path) -> None:
     """One story in one build: what is inside, the whole demo, then the service, until it is asked to stop."""
-    docker, name = image
+    docker, name = image.engine, image.name
 
     inside = docker(
         *("run", "--rm", *LITTLE, "--entrypoint=sh", name, "-c"),
