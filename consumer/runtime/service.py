@@ -29,7 +29,7 @@ from consumer.runtime.metrics import Reports, Requests, State
 from consumer.runtime.reporter import TAKES_S, Reporter
 from consumer.runtime.source import Silence, Source, SourceError, SourceSilent, Topic
 from consumer.runtime.stripe import Stripe
-from consumer.runtime.stripe_reads import StripeReads
+from consumer.runtime.stripe_reads import KeyRefused, ReadFailed, StripeReads
 from consumer.runtime.webhooks import Webhooks
 from consumer.storage import Stage, Unreachable
 from consumer.storage.sqlite import SqliteStore
@@ -50,6 +50,8 @@ ASK_EVERY_S: Final = 5.0
 BOTH: Final = frozenset(Stage)
 ASK_STRIPE_S: Final = 10.0
 """So long a start waits for Stripe to say what its meters are."""
+ASK_STRIPE_AGAIN_S: Final = 5.0
+"""Where it has not said it then, it is asked again so often."""
 
 
 class ServiceError(Exception):
@@ -171,6 +173,9 @@ class _Service:
         self._stopping = Event()
         self._intake: Intake | None = None
         self._intake_failure: BaseException | None = None
+        self._judged = False
+        self._judgement: Exception | None = None
+        """Why it ends, though it had started: what Stripe said of its meters as soon as it answered."""
         self._reporter: Reporter | None = None
         self._stripe: Stripe | None = None
 
@@ -193,7 +198,7 @@ class _Service:
             waiting = self._state(grace)
             registry.register(waiting)
             # First of all: what is refused here has begun nothing.
-            await self._judge_meters()
+            self._judged = await self._judge_meters(waits_s=ASK_STRIPE_S)
             ground = await self._begun()
             if ground is None:
                 return
@@ -233,23 +238,44 @@ class _Service:
                 await asyncio.wait_for(self._stop.wait(), BEGIN_AGAIN_S)
         return None
 
-    async def _judge_meters(self) -> None:
-        """Do not start on meters that would bill wrongly; where Stripe does not say, start all the same."""
+    async def _judge_meters(self, waits_s: float | None = None) -> bool:
+        """Do not go on with meters that would bill wrongly. Returns whether there is nothing more to ask."""
         if self._key is None or self._config.stripe.mode != "send":
-            return
+            return True
         answer: asyncio.Future[str | None] = self._loop.create_future()
         # A thread that nobody has to wait for: neither a stop nor the end of the process.
         asking = Thread(target=self._ask_stripe, args=(self._key, answer), name="meters", daemon=True)
         asking.start()
         stopping = asyncio.create_task(self._stop.wait())
         either: list[asyncio.Future[Any]] = [answer, stopping]
-        await asyncio.wait(either, timeout=ASK_STRIPE_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, timeout=waits_s, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not answer.done():
             answer.cancel()
-            log.warning("meters_not_looked_at", reason=f"Stripe has not answered for {ASK_STRIPE_S:.0f} s")
-        elif (wrong := answer.result()) is not None:
+            if not self._stop.is_set():
+                log.warning("meters_not_looked_at", reason=f"Stripe has not answered for {waits_s} s")
+            return False
+        try:
+            wrong = answer.result()
+        except ReadFailed as failed:
+            if waits_s is not None or isinstance(failed, KeyRefused):
+                log.warning("meters_not_looked_at", reason=str(failed))
+            return isinstance(failed, KeyRefused)
+        if wrong is not None:
             raise ServiceError(wrong)
+        if waits_s is None:
+            log.info("meters_looked_at")
+        return True
+
+    async def _judge_meters_at_last(self) -> None:
+        """A start does not wait for Stripe, but what it would not have started on ends it as soon as Stripe answers."""
+        try:
+            while not self._judged:
+                await asyncio.sleep(ASK_STRIPE_AGAIN_S)
+                self._judged = await self._judge_meters()
+        except Exception as failed:  # noqa: BLE001 - raised again when both stages have ended in good order
+            self._judgement = failed
+            self._stop.set()
 
     def _ask_stripe(self, key: str, answer: asyncio.Future[str | None]) -> None:
         try:
@@ -354,7 +380,13 @@ class _Service:
             Thread(target=self._read, args=(self._intake, intake_done), name="intake", daemon=True).start()
         reading = asyncio.create_task(intake_done.wait()) if self._intake else None
         delivering = asyncio.create_task(self._reporter.run(self._stop)) if self._reporter else None
-        chores = (self._say_started(port), self._expire(ground), self._ask_kafka(), self._warn())
+        chores = (
+            self._say_started(port),
+            self._judge_meters_at_last(),
+            self._expire(ground),
+            self._ask_kafka(),
+            self._warn(),
+        )
         aside = [asyncio.create_task(each) for each in chores]
         running: list[asyncio.Task[Any]] = [each for each in (reading, delivering) if each is not None]
         try:
@@ -368,6 +400,8 @@ class _Service:
                 await each
         if self._intake_failure is not None:
             raise self._intake_failure
+        if self._judgement is not None:
+            raise self._judgement
 
     async def _until_settled(self) -> None:
         while not self._settled:  # noqa: ASYNC110 - one of the stages settles in another thread

@@ -1,13 +1,11 @@
 """Whether the Stripe account bills what is counted here: asked before a start, and never changed.
 
 `check` says all of it. `run` asks for the meters alone, and does not start on one that would bill wrongly; where
-Stripe does not answer it starts all the same, for an outage of Stripe is no reason not to count.
+Stripe does not answer it starts all the same, for an outage of Stripe is no reason not to count, and asks again.
 """
 
 from collections.abc import Iterator
 from typing import Any, Final
-
-import structlog
 
 from consumer.aggregate.meters import WINDOW_MS
 from consumer.config import Config, CustomerFile
@@ -17,8 +15,6 @@ from consumer.runtime.findings import Finding
 from consumer.runtime.stripe import WrongMode
 from consumer.runtime.stripe_meters import destinations, misbills, unfit
 from consumer.runtime.stripe_reads import KeyRefused, Meter, ReadFailed, StripeReads
-
-log = structlog.get_logger()
 
 SKEW_MS: Final = 60_000
 """Clocks that are further apart are worth a look."""
@@ -40,16 +36,14 @@ def rate_limit(config: Config) -> float:
 
 
 def misbilling(config: Config, key: str, clock: Clock) -> str | None:
-    """Why the account would bill wrongly what is sent to it; None where it would not, or does not say.
+    """Why the account would bill wrongly what is sent to it; None where it would not.
 
-    Raises ``WrongMode`` where Stripe answers in another mode than the configuration states.
+    Raises ``ReadFailed`` where it is not said, and ``WrongMode`` where Stripe answers in another mode than the
+    configuration states.
     """
     reads = _Probe(key, api_base=config.stripe.api_base, livemode=config.stripe.livemode, clock=clock, attempts=1)
     try:
         there = _by_name(reads.meters())
-    except ReadFailed as failed:
-        log.warning("meters_not_looked_at", reason=str(failed))
-        return None
     finally:
         reads.close()
     wrong = [

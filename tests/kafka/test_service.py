@@ -550,6 +550,39 @@ def test_a_meter_that_would_bill_wrongly_is_not_started_on(on: Bench) -> None:
     service.stop()
 
 
+def test_a_meter_that_bills_wrongly_ends_the_service_as_soon_as_stripe_says_so(on: Bench) -> None:
+    """Stripe was away at the start. Whoever started then must not go on for weeks."""
+    topic = past_topic(on)
+    service = on.service(topic)
+    (meter,) = on.stripe.model._meters.values()
+    meter.event_time_window = "day"
+    on.stripe.down()
+    service.start()
+    assert service.log().count("meters_not_looked_at") == 1
+    on.stripe.up()
+    said = service.fails()
+    assert "keeps only the newest event of each day (event_time_window)" in said
+    assert "Stripe would bill wrongly:" in service.log()
+
+
+def test_meters_are_asked_for_until_stripe_answers(on: Bench) -> None:
+    """Also where the key may not ask for them: then nothing more is to be learned."""
+    topic = past_topic(on)
+    service = on.service(topic)
+    on.stripe.faults.reads = [Fault.ERROR, Fault.LOSE]
+    service.start()
+    service.until(lambda: "meters_looked_at" in service.log(), "it has asked again, and again")
+    assert service.log().count("meters_not_looked_at") == 1
+    assert on.stripe.faults.reads == []
+    past_events(topic, {"cus_a": 1}, at=real_now() - HOUR)
+    service.until(lambda: on.billed() == {"cus_a": "1"}, "the total is billed")
+    service.stop()
+    on.stripe.model.keys = {SECRET_KEY: frozenset({"billing_meter_event_write"})}
+    service.start()
+    assert service.log().count("meters_not_looked_at") == 2
+    service.stop()
+
+
 def test_a_compacted_topic_is_not_started_on(on: Bench) -> None:
     """Kafka would remove all events of a customer but the newest."""
     topic = past_topic(on)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from structlog.testing import capture_logs
 
 from consumer.config import Config, load
 from consumer.runtime import stripe_check
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.setup import Account, Terms, setup
 from consumer.runtime.stripe import WrongMode
+from consumer.runtime.stripe_reads import KeyRefused, ReadFailed, Silent
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import StripeStandIn
 
@@ -161,7 +161,8 @@ def test_a_key_may_lack_permissions(place: Place) -> None:
         )
     ]
     assert [what for level, what, _ in no_prices if level == "warning"] == ["price", "price"]
-    assert place.misbilling(SENDER) is None
+    with pytest.raises(KeyRefused, match="rak_billing_meter_read"):
+        place.misbilling(SENDER)
 
 
 LATER: Final = ". In shadow nothing is sent: put it right before stripe.mode is send"
@@ -197,7 +198,8 @@ def test_in_shadow_a_key_has_to_read(place: Place) -> None:
 
 def test_a_key_that_stripe_does_not_know_is_an_error(place: Place) -> None:
     assert place.found("sk_test_wrong")[0][:2] == ("error", "account")
-    assert place.misbilling("sk_test_wrong") is None
+    with pytest.raises(KeyRefused):
+        place.misbilling("sk_test_wrong")
 
 
 def test_an_account_in_another_mode_is_an_error_and_not_started_on(place: Place) -> None:
@@ -227,16 +229,15 @@ def test_clocks_that_disagree_are_noticed(place: Place, seconds: int, level: str
     assert says in text
 
 
-def test_a_stripe_that_does_not_answer_is_a_warning_and_keeps_nobody_from_starting(place: Place) -> None:
+def test_a_stripe_that_does_not_answer_is_a_warning(place: Place) -> None:
     place.stripe.down()
 
     ((level, what, says),) = place.found()
 
     assert (level, what) == ("warning", "account")
     assert says.startswith("not looked at: Stripe does not answer")
-    with capture_logs() as logged:
-        assert place.misbilling() is None
-    assert [each["event"] for each in logged] == ["meters_not_looked_at"]
+    with pytest.raises(Silent):
+        place.misbilling()
 
 
 @pytest.mark.parametrize("status", [200, 400, 502])
@@ -255,7 +256,8 @@ def test_an_answer_that_is_not_stripes_is_none(place: Place, status: int, body: 
 
     with HTTPServer(("127.0.0.1", 0), Portal) as portal:
         threading.Thread(target=portal.serve_forever, daemon=True).start()
-        assert place.misbilling(base=f"http://127.0.0.1:{portal.server_port}") is None
+        with pytest.raises(ReadFailed):
+            place.misbilling(base=f"http://127.0.0.1:{portal.server_port}")
         portal.shutdown()
 
 
