@@ -20,6 +20,7 @@ from consumer.runtime import archive
 from consumer.sandbox.kafka import Kafka, free_ports
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_notifications import Destination, signature, thin
+from consumer.sandbox.stripe_server import Fault
 from consumer.storage import Log
 from tests.kafka.harness import DAY, MINUTE, Bench, Service, Topic, bench, iso, past_events, real_now, until
 
@@ -208,6 +209,29 @@ def test_a_kill_between_the_notification_and_its_application_loses_nothing(on: B
         "delivered",
         "refused",
     ] * 2
+    service.stop()
+
+
+def test_a_total_whose_answer_was_lost_is_not_delivered_by_an_event_that_was_rejected(
+    on: Bench, service: Service
+) -> None:
+    """Stripe took it, nobody heard so, and it was rejected. The next attempt is told that the event exists."""
+    on.stripe.faults.plan = lambda number, _: Fault.ACCEPT_LOSE if number == 0 else Fault.LOSE
+    service.start()
+    on.stripe.notify(address(service))
+    at = real_now() - 60 * MINUTE
+    past_events(service.topic, {"cus_0": 5}, at=at, closed=False)
+    for partition in range(PARTITIONS):
+        service.topic.produce(None, at=real_now() - 50 * MINUTE, partition=partition)
+    service.until(lambda: on.stripe.model.events, "Stripe has it")
+    reject(on, "cus_0")
+    service.until(lambda: reported(service, "taken") == 1, "it is told")
+    assert service.metrics().sum("tallyman_stripe_rejected_totals_total") == 1
+    on.stripe.faults.plan = None
+    service.until(lambda: standing(service)["refused"] == 1, "it is refused", within=60.0)
+    assert standing(service) == {"delivered": 0, "refused": 1, "refused value": 5, "missing": 0}
+    assert outcomes(service) == [("cus_0", "refused")]
+    assert on.billed() == {}
     service.stop()
 
 

@@ -1,45 +1,45 @@
-"""Stripe notifies us of what it rejected: who is believed, what is taken, when it is repeated, and what follows."""
+"""Stripe notifies us of what it rejected: who is believed, what is taken, and when it is repeated."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import aiohttp
 import pytest
 import stripe as sdk
-import yaml
-from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from consumer import totals
-from consumer.config import load
-from consumer.deliver.entries import Entry, Outcome, State, decode_outcome, encode_outcome, outcome, pack, refused
-from consumer.runtime import archive, reports, service, stripe_reads
-from consumer.runtime.metrics import Reports
-from consumer.runtime.reports import Malformed, Sample, matched, understood
-from consumer.runtime.webhooks import LARGEST, Webhooks, refusal
+from consumer.deliver.entries import decode_outcome
+from consumer.runtime import service
+from consumer.runtime.webhooks import LARGEST, refusal
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_notifications import Destination, signature, thin
 from consumer.sandbox.stripe_server import Clock, Fault, Instead, StripeStandIn
-from consumer.storage import Append, Changes, Log, Stage
-from consumer.storage.sqlite import SqliteStore
-from consumer.totals import Destination as To
-from consumer.totals import Rejection, Report, Total
+from consumer.storage import Log
+from consumer.totals import Rejection, Report
 from tests.kafka.harness import until
+from tests.unit.reporting import (
+    BODY,
+    NOW,
+    NOW_MS,
+    OTHER,
+    SECRET,
+    Caller,
+    Desk,
+    configured,
+    delivered,
+    reported,
+)
 
-SECRET: Final = "whsec_one"  # noqa: S105 - opens nothing
-OTHER: Final = "whsec_other"
-NOW: Final = 1_793_000_405
-"""Seconds since the epoch."""
-NOW_MS: Final = NOW * 1000
-HOUR_MS: Final = 3_600_000
-KIND: Final = "v1.billing.meter.error_report_triggered"
-BODY: Final = b'{"id": "evt_1", "object": "v2.core.event"}'
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    with StripeStandIn(clock=Clock(lambda: float(NOW)), accept_any_customer=True) as stripe:
+        stripe.model.add_meter("tokens")
+        yield Desk(tmp_path, stripe)
 
 
 # Who is believed
@@ -93,181 +93,6 @@ def test_nobody_else_is(header: str | None, says: str) -> None:
     why = refusal(header, BODY, [SECRET], NOW)
     assert why is not None
     assert says in why
-
-
-# A server beside a store, and a Stripe that reports
-
-
-def total(number: int = 1, customer: str = "alice") -> Total:
-    start = NOW // 60 * 60 - 600
-    return Total(
-        f"tm1-{number}-{customer}", "test", "ai", "e", 0, start, "1m", 0, start * 1000, customer, "5", 3, start + 7,
-        0, 9, To("tokens"),
-    )  # fmt: skip
-
-
-def delivered(number: int = 1, *, key: str = "", how: Any = "delivered", **entry: Any) -> Outcome:
-    """What became of a total whose last attempt had this key."""
-    of = total(number)
-    return outcome(Entry(of, customer="cus_alice", attempts=1, **entry), how, NOW_MS, key=key or of.identifier)
-
-
-class HostClock:
-    """The service's clock, as the stand-in has it."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def now(self) -> int:
-        return int(self._clock() * 1000)
-
-    def elapsed(self) -> int:
-        return int(self._clock() * 1000)
-
-
-class Desk:
-    """A configured store, an account at Stripe, and the server of the webhook."""
-
-    def __init__(self, folder: Path, stripe: StripeStandIn) -> None:
-        self.folder = folder
-        self.stripe = stripe
-        self.path = folder / "tallyman.db"
-        self.clock = HostClock(stripe.clock)
-        self.ready = True
-        self.registry = CollectorRegistry()
-        self.observed = Reports(self.registry)
-        self.config = configured(folder, webhook={"port": 0})
-        with self.store(create=True):
-            pass
-
-    def store(self, *, create: bool = False) -> Any:
-        return SqliteStore.open(self.path, now=self.clock.now, create=create, lock=create)
-
-    def finish(self, *outcomes: Outcome) -> None:
-        """Totals have come to their end."""
-        with self.store() as store:
-            store.append(Append(Log.OUTCOMES, each.identifier.encode(), encode_outcome(each)) for each in outcomes)
-
-    def keep(self, *entries: Entry) -> None:
-        """Totals are not finished."""
-        with self.store() as store:
-            puts = {each.total.identifier.encode(): pack(each) for each in entries}
-            store.commit(Stage.DELIVER, {0: Changes(1, puts)})
-
-    def told(self) -> list[totals.Record]:
-        """What stage 2 is told."""
-        with self.store() as store:
-            return [totals.decode(each.value) for each in store.read(Log.TOTALS, 0, 1000)]
-
-    def report(self, *keys: str, code: str = "meter_event_customer_not_found", **changes: Any) -> dict[str, Any]:
-        """Stripe has rejected the events of these keys, just now."""
-        return self.said(reported(*keys, code=code, **changes))
-
-    def said(self, event: dict[str, Any]) -> dict[str, Any]:
-        event = {**event, "id": f"evt_{len(self.stripe.model._reports) + 1}"}
-        self.stripe.model._reports.append(event)
-        return event
-
-    def counted(self, result: str) -> float | None:
-        return self.registry.get_sample_value("tallyman_stripe_reports_total", {"result": result})
-
-    @asynccontextmanager
-    async def server(self) -> AsyncIterator[Caller]:
-        server = Webhooks(
-            [SECRET],
-            livemode=False,
-            clock=self.clock,
-            reading=lambda: stripe_reads.reading(
-                SECRET_KEY, api_base=self.stripe.url, livemode=False, clock=self.clock, attempts=1
-            ),
-            archive=lambda: archive.opened(self.config, now=self.clock.now),
-            ready=lambda: self.ready,
-            observe=self.observed,
-        )
-        port = await server.start("127.0.0.1", 0)
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            try:
-                yield Caller(session, self.stripe.clock)
-            finally:
-                await server.stop()
-
-    def run(self, story: Callable[[Caller], Awaitable[None]]) -> None:
-        """Tell a story of calls."""
-
-        async def told() -> None:
-            async with self.server() as caller:
-                await story(caller)
-
-        asyncio.run(told())
-
-    def send(self, *events: dict[str, Any]) -> list[int]:
-        """Notify of these, one after the other, and return how each was answered."""
-        answers: list[int] = []
-
-        async def story(caller: Caller) -> None:
-            answers.extend([await caller.notify(each) for each in events])
-
-        self.run(story)
-        return answers
-
-
-class Caller:
-    """Whoever calls the server."""
-
-    def __init__(self, session: aiohttp.ClientSession, clock: Clock) -> None:
-        self.session = session
-        self.clock = clock
-
-    async def post(self, body: bytes, *, secret: str | None = SECRET, path: str = "/stripe") -> int:
-        headers = {} if secret is None else {"Stripe-Signature": signature(body, secret, int(self.clock()))}
-        async with self.session.post(path, data=body, headers=headers) as answer:
-            assert not await answer.text() or answer.status >= 400
-            return answer.status
-
-    async def notify(self, event: dict[str, Any]) -> int:
-        return await self.post(thin(event))
-
-
-def configured(folder: Path, **changes: Any) -> Any:
-    file = folder / "tallyman.yaml"
-    sections: dict[str, Any] = {
-        "pipeline": "test",
-        "storage": {"kind": "sqlite", "path": str(folder / "tallyman.db")},
-        "stripe": {"livemode": False},
-        "meters": [
-            {"name": "ai", "event_types": ["used"], "aggregation": "count", "stripe": {"event_name": "tokens"}},
-        ],
-    }
-    environ = {"STRIPE_SECRET_KEY": SECRET_KEY, **changes.pop("environ", {})}
-    file.write_text(yaml.safe_dump(sections | changes))
-    return load(file, environ)
-
-
-def reported(*keys: str, code: str = "meter_event_customer_not_found", count: int = 0, **changes: Any) -> Any:
-    """An event of Stripe's, in full."""
-    samples = [{"error_message": f"No such customer: {key}", "request": {"identifier": key}} for key in keys]
-    kinds = [{"code": code, "error_count": count or len(keys), "sample_errors": samples}]
-    return {
-        "id": "evt_1",
-        "object": "v2.core.event",
-        "type": KIND,
-        "created": "2026-10-26T07:40:20.000Z",
-        "livemode": False,
-        "related_object": {"id": "mtr_0000000000000001", "type": "billing.meter", "url": "/v1/billing/meters/mtr_1"},
-        "data": {
-            "developer_message_summary": "There are invalid meter events.",
-            "validation_start": "2026-10-26T07:40:00.000Z",
-            "validation_end": "2026-10-26T07:40:10.500Z",
-            "reason": {"error_count": len(keys), "error_types": kinds},
-        },
-    } | changes
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with StripeStandIn(clock=Clock(lambda: float(NOW)), accept_any_customer=True) as stripe:
-        stripe.model.add_meter("tokens")
-        yield Desk(tmp_path, stripe)
 
 
 # What is taken
@@ -472,119 +297,6 @@ def test_others_are_answered_while_stripe_is_waited_for(desk: Desk) -> None:
         assert await caller.notify(event) == 200
 
     desk.run(story)
-
-
-# What a report says
-
-
-def test_codes_are_an_open_list_and_what_is_missing_is_done_without() -> None:
-    kinds = [
-        {"code": "brand_new", "error_count": 3},
-        {"code": None, "sample_errors": [{"request": {"idempotency_key": "older"}}, {"error_message": "x"}, {}]},
-        {
-            "code": "brand_new",
-            "error_count": -1,
-            "sample_errors": [{"request": {"id": "req_1"}, "error_message": None}],
-        },
-    ]
-    said = understood("evt_1", {"data": {"reason": {"error_types": kinds, "novelty": 1}}}, NOW_MS)
-    assert said.errors == {"brand_new": 4, "unknown": 3}
-    assert said.samples == (Sample("older", "unknown", ""),)
-    assert (said.since, said.until, said.meter) == (NOW - 86_400, NOW, None)
-
-
-@pytest.mark.parametrize(
-    ("data", "since", "until"),
-    [
-        ({}, NOW - 86_400, NOW),
-        ({"validation_start": "soon", "validation_end": 5 * "9"}, NOW - 86_400, NOW),
-        ({"validation_start": "2027-01-01T00:00:00Z"}, NOW, NOW),
-        ({"validation_start": "0001-01-01T00:00:00Z"}, 0, NOW),
-        ({"validation_end": "2026-10-26T07:40:00.001Z"}, 1_793_000_400 - 86_400, 1_793_000_401),
-    ],
-)
-def test_times_that_make_no_sense_do_not_narrow_the_search(data: dict[str, str], since: int, until: int) -> None:
-    said = understood("evt_1", {"data": {"reason": {}, **data}}, NOW_MS)
-    assert (said.since, said.until) == (since, until)
-    assert said.errors == {"unknown": 0}
-
-
-def test_no_report_is_too_large() -> None:
-    samples = [{"error_message": "m" * 9000, "request": {"identifier": f"k{n}"}} for n in range(400)]
-    many = [{"code": f"c{n}", "error_count": 1, "sample_errors": samples} for n in range(90)]
-    many[0]["code"], many[0]["error_count"] = "\ud800" * 9000, 10**30
-    long = [{"request": {"identifier": "k" * 256}}]
-    said = understood("evt_1", {"data": {"reason": {"error_types": [*many, {"sample_errors": long}]}}}, NOW_MS)
-    assert len(said.samples) == reports.SAMPLES
-    assert {len(each.message) for each in said.samples} == {reports.LONGEST_MESSAGE}
-    assert len(said.errors) == reports.CODES + 1
-    assert said.errors["other"] > 0
-    written = reports.records(said, [], None, NOW_MS)
-    assert max(len(each.value) for each in written) < 64 * 1024
-
-
-@pytest.mark.parametrize("event", [{}, {"data": None}, {"data": {}}, {"data": {"reason": None}}, {"data": []}])
-def test_an_event_without_a_reason_is_no_report(event: dict[str, Any]) -> None:
-    with pytest.raises(Malformed):
-        understood("evt_1", event, NOW_MS)
-
-
-# Which totals are meant
-
-
-def meant(desk: Desk, *keys: str) -> list[tuple[str, str, str]]:
-    """Identifier, key and reason of the totals that a report with these keys rejects."""
-    with desk.store() as store:
-        found = matched(store, understood("evt_1", reported(*keys), NOW_MS), NOW_MS)
-    thens = [decode_outcome(bytes(each.rejection.outcome)) for each in found]
-    assert all((each.how, each.billed) == ("refused", "0") for each in thens)
-    return [(each.rejection.identifier, each.rejection.key, each.customer) for each in found]
-
-
-def test_the_event_of_the_attempt_that_was_taken_is_the_one_that_bills(desk: Desk) -> None:
-    desk.finish(
-        delivered(1, key="tm1-1-alice:1"),
-        delivered(2, key="tm1-2-alice-g2:1", how="duplicate", generation=2),
-        delivered(3, how="discarded"),
-        delivered(4),
-        refused(delivered(4), "reported before", NOW_MS),
-    )
-    assert meant(desk, "tm1-1-alice", "tm1-2-alice", "tm1-3-alice", "tm1-4-alice", "tm1-9-alice", "foreign") == []
-    assert meant(desk, "tm1-1-alice:1", "tm1-1-alice:1", "tm1-2-alice-g2", "tm1-2-alice-g2:1") == [
-        ("tm1-1-alice", "tm1-1-alice:1", "alice"),
-        ("tm1-2-alice", "tm1-2-alice-g2", "alice"),
-    ], "each total once"
-
-
-def test_a_total_that_is_not_finished_remembers_each_attempt_that_was_rejected(desk: Desk) -> None:
-    desk.keep(Entry(total(1), State.RETRY, "cus_alice", first_unproven=NOW_MS, attempts=2), Entry(total(2)))
-    assert meant(desk, "tm1-1-alice", "tm1-1-alice:1", "tm1-3-alice") == [
-        ("tm1-1-alice", "tm1-1-alice", "alice"),
-        ("tm1-1-alice", "tm1-1-alice:1", "alice"),
-    ]
-
-
-def test_what_was_finished_long_before_is_not_searched(desk: Desk) -> None:
-    """Stripe looked at these events now; what we heard of two hours ago is another matter."""
-    desk.stripe.clock.move_to(NOW - 2 * 3600)
-    desk.finish(delivered(1))
-    desk.stripe.clock.move_to(NOW - 1800)
-    desk.finish(delivered(2))
-    assert meant(desk, "tm1-1-alice", "tm1-2-alice") == [("tm1-2-alice", "tm1-2-alice", "alice")]
-
-
-def test_a_total_that_is_finished_while_it_is_searched_is_found(desk: Desk) -> None:
-    """It is nowhere among the outcomes when these are read, and not among the entries when those are read."""
-
-    class Moving(SqliteStore):
-        def restore(self, stage: Stage, partition: int) -> Any:
-            desk.finish(delivered(1))
-            return super().restore(stage, partition)
-
-    desk.keep()
-    with Moving.open(desk.path, now=desk.clock.now, create=False, lock=False) as store:
-        found = matched(store, understood("evt_1", reported("tm1-1-alice"), NOW_MS), NOW_MS)
-    assert [each.rejection.identifier for each in found] == ["tm1-1-alice"]
 
 
 # The stand-in notifies as Stripe does, and the service is told whom to believe
