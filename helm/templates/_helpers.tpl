@@ -15,9 +15,20 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
+{{- /* A selector cannot be changed, and what is mounted is named after the pipeline: so an upgrade that renames it,
+     which would bill everything again, is refused by the cluster, and leaves what runs as it is. */}}
 {{- define "tallyman.selector" -}}
 app.kubernetes.io/name: {{ include "tallyman.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
+tallyman/pipeline: {{ include "tallyman.pipeline" . }}
+{{- end }}
+
+{{- define "tallyman.pipeline" -}}
+{{ .Values.config.pipeline | replace "_" "-" | replace "." "-" | trunc 20 | trimSuffix "-" }}-{{ .Values.config.pipeline | sha256sum | trunc 8 }}
+{{- end }}
+
+{{- define "tallyman.configMap" -}}
+{{ include "tallyman.fullname" . | trunc 34 | trimSuffix "-" }}-{{ include "tallyman.pipeline" . }}
 {{- end }}
 
 {{- define "tallyman.image" -}}

@@ -302,11 +302,29 @@ def test_an_upgrade_checks_the_new_configuration_first(helm: Helm, values: Path)
     assert container["args"] == ["check"]
     volumes = {each["name"]: each for each in job["spec"]["template"]["spec"]["volumes"]}
     checked = objects.of("ConfigMap")[volumes["config"]["configMap"]["name"]]
-    assert checked["data"] == objects.of("ConfigMap")["t-tallyman"]["data"]
+    for pod in objects.pods.values():
+        mounted = next(each["configMap"]["name"] for each in pod["volumes"] if each["name"] == "config")
+        assert checked["data"] == objects.of("ConfigMap")[mounted]["data"]
     for hook in (job, checked):
         assert hook["metadata"]["annotations"]["helm.sh/hook"] == "pre-upgrade"
     if objects.of("StatefulSet"):
         assert volumes["state"] == {"name": "state", "persistentVolumeClaim": {"claimName": "state-t-tallyman-0"}}
+
+
+@pytest.mark.parametrize("values", [SQLITE, MSK], ids=lambda path: path.stem)
+def test_an_upgrade_cannot_rename_a_pipeline(helm: Helm, values: Path) -> None:
+    """A renamed one bills all again. The cluster refuses another selector, and what runs keeps its configuration.
+
+    That is also why what is mounted has another name: whoever restarts after the refusal finds the old one.
+    """
+    before, after = (helm.objects(values, *settings) for settings in ((), ("config.pipeline=other",)))
+    for name, pod in before.pods.items():
+        kind = "StatefulSet" if before.of("StatefulSet") else "Deployment"
+        was, becomes = (each.of(kind)[name]["spec"]["selector"]["matchLabels"] for each in (before, after))
+        assert was != becomes
+        mounted = next(each["configMap"]["name"] for each in pod["volumes"] if each["name"] == "config")
+        assert mounted in before.of("ConfigMap")
+        assert mounted not in after.of("ConfigMap")
 
 
 @pytest.mark.parametrize("ready", [True, False])
