@@ -169,12 +169,18 @@ class Story:
         return Fault.ACCEPT_HANG if self.takes(identifier) else Fault.HANG
 
     def breaks(self, identifier: str) -> Fault:
-        """500 for all: what Stripe has it does not take again, and does not get to say so."""
-        return Fault.ACCEPT_ERROR if self.takes(identifier) and not self._refuses(identifier) else Fault.ERROR
+        """500; and it never comes to saying what it has, as it would to a repetition."""
+        if self._refuses(identifier):
+            return Fault.LOSE
+        return Fault.ACCEPT_ERROR if self.takes(identifier) else Fault.ERROR
+
+    def breaks_at_once(self, identifier: str) -> Fault:
+        """The same, and it takes nothing."""
+        return Fault.LOSE if self._refuses(identifier) else Fault.ERROR
 
     def breaks_too_late(self, identifier: str) -> Fault:
         """The same, and it takes all that it has not."""
-        return Fault.ERROR if self._refuses(identifier) else Fault.ACCEPT_ERROR
+        return Fault.LOSE if self._refuses(identifier) else Fault.ACCEPT_ERROR
 
     def _refuses(self, identifier: str) -> bool:
         since = [each.received for each in list(self.stripe.model.events) if each.identifier == identifier]
@@ -358,7 +364,7 @@ def stripe_answers_with_500(story: Story, minute: int) -> None:
     story.use(*LATER)
     story.stays_away |= {total.identifier for name in LATER for total in story.totals_of(name, TOKENS, later)}
     story.until(24, 57)
-    story.kill(lambda _: Fault.ERROR, latency=0.2)
+    story.kill(story.breaks_at_once, latency=0.2)
     story.shut()
     story.fate = story.breaks
     for customer, event_name in (("cus_a", TOKENS), ("cus_b", TOKENS), ("cus_none", TOKENS), ("cus_c", CALLS)):
