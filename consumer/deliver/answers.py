@@ -82,14 +82,15 @@ def judge(heard: Heard) -> Verdict:
     no answer                                       UNPROVEN      unknown
     2xx                                             DELIVERED     the event
     4xx "An event already exists with identifier"   DUPLICATE     nothing; an event is there
+    4xx without Stripe's error object: a proxy's    UNPROVEN      unknown
     409, 429                                        BUSY          nothing
     any other answer that is replayed               UNPROVEN      it is about an earlier attempt
     401, 403                                        UNAUTHORISED  nothing
     4xx ``idempotency_error``                       MISMATCH      nothing
     4xx that Stripe asks to retry                   UNPROVEN      unknown
     4xx "No active meter found …"                   METER_REFUSED nothing
-    4xx with another of Stripe's errors             REFUSED       nothing
-    everything else: 5xx, 3xx, a proxy's 4xx        UNPROVEN      unknown
+    4xx with another ``invalid_request_error``      REFUSED       nothing
+    everything else: 5xx, 3xx, errors of other kind UNPROVEN      unknown
     =============================================== ============= ==============================
     """
     if isinstance(heard, NeverConnected):
@@ -108,6 +109,9 @@ def _judge_4xx(answer: Answer) -> Verdict:
     verdict = Verdict.REFUSED
     if message.startswith(_DUPLICATE):
         verdict = Verdict.DUPLICATE
+    elif answer.type is None and answer.limited is None:
+        # Said perhaps in place of an answer that was not let through.
+        verdict = Verdict.UNPROVEN
     elif answer.status in {409, 429}:
         verdict = Verdict.BUSY
     elif answer.replayed:
@@ -116,7 +120,7 @@ def _judge_4xx(answer: Answer) -> Verdict:
         verdict = Verdict.UNAUTHORISED
     elif answer.type == "idempotency_error":
         verdict = Verdict.MISMATCH
-    elif answer.should_retry or answer.type in {None, "api_error"}:
+    elif answer.should_retry or answer.type != "invalid_request_error":
         verdict = Verdict.UNPROVEN
     elif answer.code in _NO_METER_CODES or message.startswith(_NO_METER):
         verdict = Verdict.METER_REFUSED

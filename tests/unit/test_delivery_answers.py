@@ -43,10 +43,20 @@ def test_the_table_of_answers(heard: Heard, verdict: Verdict, *, left_nothing: b
     assert verdict.left_nothing is left_nothing
 
 
-@pytest.mark.parametrize("status", [400, 404, 408, 413, 499])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 409, 413, 429, 499])
 def test_a_refusal_that_is_not_stripes_proves_nothing(status: int) -> None:
-    """A proxy between us and Stripe may have given up on a request that arrived."""
+    """A proxy may have given up on a request that arrived, or not have let the answer through."""
     assert judge(Answer(status)) is Verdict.UNPROVEN
+
+
+def test_an_error_of_a_kind_that_stripe_has_not_is_a_gateways() -> None:
+    """Others have error objects, too."""
+    assert judge(Answer(404, "not_found", message="no route")) is Verdict.UNPROVEN
+
+
+def test_a_limiter_that_names_itself_is_stripes() -> None:
+    """Also where it says nothing else."""
+    assert judge(Answer(429, limited="global-rate")) is Verdict.BUSY
 
 
 def test_a_replayed_refusal_is_about_an_earlier_attempt() -> None:

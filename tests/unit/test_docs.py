@@ -257,6 +257,7 @@ ANSWERS: tuple[tuple[str, Heard], ...] = (
         "400 `An event already exists with identifier …`",
         Answer(400, type="invalid_request_error", message="An event already exists with identifier tm1."),
     ),
+    ("4xx without Stripe's error object: a proxy's", Answer(403)),
     ("409", Answer(409, type="invalid_request_error")),
     ("429, with or without a reason", Answer(429, type="invalid_request_error", code="lock_timeout")),
     (
@@ -272,10 +273,10 @@ ANSWERS: tuple[tuple[str, Heard], ...] = (
         Answer(400, type="invalid_request_error", message="No active meter found for event name"),
     ),
     (
-        "any other 4xx with Stripe's error object, such as `No such customer`",
+        "any other 4xx `invalid_request_error`, such as `No such customer`",
         Answer(400, type="invalid_request_error", message="No such customer: 'cus_1'"),
     ),
-    ("4xx without Stripe's error object: a proxy's", Answer(403 + 1)),
+    ("4xx with an error of any other kind, as gateways have", Answer(404, type="not_found")),
     ("5xx", Answer(500, type="api_error")),
     ("3xx", Answer(302)),
 )
