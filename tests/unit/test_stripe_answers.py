@@ -374,6 +374,7 @@ ROWS: Final = (
         Row(f"200 {body.decode() or 'without a body'}", instead(200, body), Verdict.UNPROVEN, *RETRY)
         for body in (b"", b"{}", b"[]", b"null", b'{"object":"customer"}', b'{"object":"billing.meter_event"}')
     ),
+    Row("200 of another kind, live", instead(200, b'{"object":"customer","livemode":true}'), Verdict.UNPROVEN, *RETRY),
     Row("200, nested deeply", instead(200, b'{"a":' + b"[" * 50_000), Verdict.UNPROVEN, *RETRY),
     Row("200, packed", instead(200, EVENT, Content_Encoding="br"), Verdict.UNPROVEN, *RETRY),
     Row("200 for another event", instead(200, EVENT), Verdict.UNPROVEN, *RETRY),
