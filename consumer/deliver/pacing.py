@@ -31,7 +31,15 @@ def has_come(time: int, now: int) -> bool:
 
 
 class Pacing:
-    """A token bucket whose rate adapts: up by a sixtieth of the maximum a second, halved when Stripe says too fast."""
+    """A token bucket whose rate adapts: up by a sixtieth of the maximum a second, and down when Stripe says too fast.
+
+    Down by the share that Stripe did not take, at least by a twentieth and at most by a half.
+    """
+
+    STALL: Final = 100
+    """Milliseconds for which a sender may be kept from sending, and catch up afterwards."""
+    BURST: Final = 50
+    """So many milliseconds' attempts go out at once where nothing was to be sent for a time."""
 
     def __init__(self, max_rate: float) -> None:
         """The highest rate, in attempts per second; it is also the first."""
@@ -39,22 +47,28 @@ class Pacing:
             raise ValueError(f"max_rate must be positive: {max_rate}")
         self.max_rate = float(max_rate)
         self.rate = self.max_rate
-        self._tokens = self._depth()
+        self._tokens = 0.0
         self._filled = 0
         self._raised = 0
         self._cut = 0
+        self._taken = 0
+        """Answers since the last cut that did not ask for less."""
+        self._refused = 0
+        """Those that did."""
 
     def limit(self, max_rate: float) -> None:
         """From now on this is the highest rate: the share of a process changes with its partitions."""
         self.rate = max_rate if self.rate == self.max_rate else min(self.rate, max_rate)
         self.max_rate = max_rate
-        self._tokens = min(self._tokens, self._depth())
+        self._tokens = min(self._tokens, self._depth(self.STALL))
 
     def wait(self, now: int) -> int:
         """Milliseconds until the next attempt; 0 means that it may be made now."""
         if now != self._filled:
             # A clock that steps back must neither mint tokens nor stop the flow until it has caught up.
-            self._tokens = min(self._depth(), self._tokens + max(0, now - self._filled) * self.rate / SECOND)
+            passed = max(0, now - self._filled)
+            depth = self._depth(self.STALL if passed <= self.STALL else self.BURST)
+            self._tokens = min(depth, self._tokens + passed * self.rate / SECOND)
             self._filled = now
         if self._tokens >= 1:
             return 0
@@ -66,14 +80,17 @@ class Pacing:
 
     def went_well(self, now: int) -> None:
         """An answer came that did not ask for less."""
+        self._taken += 1
         if self.rate < self.max_rate and not 0 <= now - self._raised < SECOND:
             self.rate = min(self.max_rate, self.rate + self.max_rate / 60)
             self._raised = now
 
     def too_fast(self, now: int) -> None:
         """Stripe asked for less. What it says within a second counts once: those attempts were made at one rate."""
+        self._refused += 1
         if not 0 <= now - self._cut < SECOND:
-            self._slow_down(self.rate / 2, now)
+            share = self._refused / (self._refused + self._taken)
+            self._slow_down(self.rate * (1 - min(max(share, 0.05), 0.5)), now)
 
     def start_over(self, now: int) -> None:
         """Stripe was away; what has piled up must not knock it over again."""
@@ -81,11 +98,12 @@ class Pacing:
 
     def _slow_down(self, rate: float, now: int) -> None:
         self.rate = max(rate, min(1.0, self.max_rate))
-        self._tokens = min(self._tokens, self._depth())
+        self._tokens = min(self._tokens, self._depth(self.BURST))
         self._cut = self._raised = now
+        self._taken = self._refused = 0
 
-    def _depth(self) -> float:
-        return max(1.0, self.rate / 10)
+    def _depth(self, milliseconds: int) -> float:
+        return max(1.0, self.rate * milliseconds / SECOND)
 
 
 class Shut(StrEnum):
@@ -113,6 +131,8 @@ class Gate:
 
     SILENT: Final = 20
     """So many attempts in a row without an answer, or with nothing but server errors, mean that Stripe is down."""
+    UNHEARD: Final = 2
+    """For at least so many customers: a bad one whose turn it is again and again, at night, holds up nobody else."""
     ATTEMPTS: Final = 200
     REFUSED: Final = 40
     """More refusals than this among the last ATTEMPTS, of at least CUSTOMERS customers, are not about single totals."""
@@ -125,6 +145,7 @@ class Gate:
         """How often it was shut, for whatever reason, or opened: who has not seen a turn can tell by this."""
         self.probe_at = 0
         self._silent = 0
+        self._unheard: set[str] = set()
         self._probes = 0
         self._last: deque[str | None] = deque()
         self._refused: Counter[str] = Counter()
@@ -133,12 +154,16 @@ class Gate:
         """Take an answer into account. Of those to come while it is shut, only the probe's can open it."""
         if self.shut is None:
             self._remember(customer if verdict is Verdict.REFUSED else None)
-            self._silent = self._silent + 1 if verdict in _SILENCE else 0
+            if verdict in _SILENCE:
+                self._silent += 1
+                self._unheard.add(customer)
+            else:
+                self._forget_silence()
             if verdict is Verdict.UNAUTHORISED:
                 self._close(Shut.UNAUTHORISED, now)
             elif self._refused.total() > self.REFUSED and len(self._refused) >= self.CUSTOMERS:
                 self._close(Shut.REFUSALS, now)
-            elif self._silent >= self.SILENT:
+            elif self._silent >= self.SILENT and len(self._unheard) >= self.UNHEARD:
                 self._close(Shut.DOWN, now)
         elif verdict is Verdict.UNAUTHORISED and self.shut is not Shut.UNAUTHORISED:
             self._close(Shut.UNAUTHORISED, now)
@@ -170,9 +195,13 @@ class Gate:
     def _open(self) -> None:
         self.turned += 1
         self.shut = None
-        self._silent = 0
+        self._forget_silence()
         self._last.clear()
         self._refused.clear()
+
+    def _forget_silence(self) -> None:
+        self._silent = 0
+        self._unheard.clear()
 
 
 class Sender(Protocol):
