@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -35,6 +36,10 @@ READ_AT_ONCE: Final = 1_000
 LOOK_AGAIN_S: Final = 0.5
 """How often the log is looked at for what other processes append, and the customers' file for changes."""
 POLL_EVERY_MS: Final = 100
+PULSE_S: Final = 0.01
+"""So long answers are collected before more is sent, for what has to be looked at is looked at once for all of them."""
+TURN_S: Final = 0.025
+"""The same for reading and committing."""
 LAST_ANSWERS_S: Final = 3.0
 """How long a stop waits for answers to what has been sent: each one saves a second attempt."""
 
@@ -123,6 +128,9 @@ class Reporter:
         """Whose turn it is to send."""
         self._sending: dict[asyncio.Task[None], Delivery] = {}
         self._news = asyncio.Event()
+        """For the loop."""
+        self._room = asyncio.Event()
+        """For who sends: there may be something to send, or a connection for it."""
         self._failure: BaseException | None = None
         self._polled_at = 0
         self.partitions: dict[int, Partition] = {}
@@ -180,6 +188,7 @@ class Reporter:
     def wake(self) -> None:
         """There may be something to do. To be called in the event loop's thread."""
         self._news.set()
+        self._room.set()
 
     # What is ours: called by the membership, in any thread but that of the event loop
 
@@ -240,7 +249,7 @@ class Reporter:
                 delivery.retire(self._clock.now())
             partition = self.partitions[number] = Partition(delivery, offset)
             self._turns.append(partition)
-            self._news.set()
+            self.wake()
             self._share()
             log.info("totals_taken_over", partition=number, offset=offset, entries=len(entries))
         self.settled = self.settled or (self._joined and not len(self.restoring))
@@ -251,12 +260,15 @@ class Reporter:
         """Go round until ``stopping``, wait shortly for answers, and commit once more."""
         self._loop = asyncio.get_running_loop()
         self._membership.join(self)
+        sender = asyncio.create_task(self._send_on())
+        sender.add_done_callback(self._ended)
         try:
             while not stopping.is_set():
                 await self._turn()
             changes = await self._finish(list(self.partitions))
             await self._commit(changes)
         finally:
+            sender.cancel()
             await self._disown(list(self._owned))
             await asyncio.to_thread(self._membership.close)
 
@@ -273,13 +285,16 @@ class Reporter:
         self._look_at_customers()
         if not self._hold:
             await self._read()
-        await self._commit(self._changes(n for n, each in self.partitions.items() if each.delivery.due))
-        while not self._hold and len(self._sending) < CONNECTIONS and (found := self._next()) is not None:
-            delivery, attempt = found
-            task = asyncio.create_task(self._send(delivery, attempt))
-            self._sending[task] = delivery
-            task.add_done_callback(self._sent)
+        if any(each.due for each in self.deliveries):
+            # With what the others have: a commit costs as much for one partition as for all.
+            await self._commit(self._changes(self.partitions))
         await self._rest()
+
+    async def _rest(self) -> None:
+        await asyncio.sleep(TURN_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_AGAIN_S):
+                await self._news.wait()
 
     def _next(self) -> tuple[Delivery, Attempt] | None:
         """The next attempt; the partitions take turns."""
@@ -290,18 +305,6 @@ class Reporter:
             if (attempt := delivery.next(now)) is not None:
                 return delivery, attempt
         return None
-
-    async def _rest(self) -> None:
-        now = self._clock.now()
-        wake = None
-        if len(self._sending) < CONNECTIONS and not self._hold:
-            wake = min((at for each in self.deliveries if (at := each.wake(now)) is not None), default=None)
-        wait = LOOK_AGAIN_S if wake is None else min(LOOK_AGAIN_S, max(0.001, (wake - now) / 1000))
-        try:
-            async with asyncio.timeout(wait):
-                await self._news.wait()
-        except TimeoutError:
-            pass
 
     async def _read(self) -> None:
         wanted = {
@@ -390,9 +393,33 @@ class Reporter:
         for number in changes:
             self.partitions[number].delivery.committed()
         self.commits.made(began)
-        self._news.set()
+        self.wake()
 
     # Sending
+
+    async def _send_on(self) -> None:
+        """Send what may be sent, beside the loop: that waits for reads and commits."""
+        while not self._hold:
+            self._room.clear()
+            while len(self._sending) < CONNECTIONS and (found := self._next()) is not None:
+                delivery, attempt = found
+                task = asyncio.create_task(self._send(delivery, attempt))
+                self._sending[task] = delivery
+                task.add_done_callback(self._sent)
+            if any(each.due for each in self.deliveries):
+                self._news.set()
+            await asyncio.sleep(PULSE_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._idle_s()):
+                    await self._room.wait()
+
+    def _idle_s(self) -> float:
+        """How long nothing can be sent, as far as time alone decides."""
+        now = self._clock.now()
+        wake = None
+        if len(self._sending) < CONNECTIONS:
+            wake = min((at for each in self.deliveries if (at := each.wake(now)) is not None), default=None)
+        return LOOK_AGAIN_S if wake is None else min(LOOK_AGAIN_S, max(0.0, (wake - now) / 1000))
 
     async def _send(self, delivery: Delivery, attempt: Attempt) -> None:
         # The last look before the request: an identifier protects for a day and no longer, and others may own it now.
@@ -409,9 +436,13 @@ class Reporter:
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._sending.pop(task, None)
+        self._ended(task)
+        self.wake()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (failure := task.exception()) is not None:
             self._failure = failure
-        self._news.set()
+            self._news.set()
 
     def _look_at_customers(self) -> None:
         changed = self._file.changed() if self._file else None
