@@ -122,16 +122,23 @@ def everything(
     facts = cache(store.facts)
     starts, entries, rejected = _state(store)
     ends, below = store.ends(Log.OUTCOMES), store.ends(Log.TOTALS)
-    late = {each.identifier: each for each in _outcomes(store, settled, ends)}
+    since = since or {}
+    late: dict[str, Outcome] = {}
+    wanted: set[str] = set()
+    for each in store.logged(Log.OUTCOMES, settled, ends):
+        outcome = decode_outcome(each.value)
+        late[outcome.identifier] = outcome
+        if each.offset >= since.get(each.partition, 0):
+            wanted.add(outcome.identifier)
     if finished:
-        for outcome in _outcomes(store, since or {}, ends if since else settled):
+        begin = {partition: min(since.get(partition, 0), end) for partition, end in settled.items()}
+        for outcome in _outcomes(store, begin, settled):
             # What was delivered, and was rejected later, has two outcomes: the last one counts.
             superseded = outcome.how in BILLED and outcome.identifier in rejected
             anew = outcome.how == "shadowed" and _is_anew(outcome, facts())
-            if not (superseded or anew) and (since or outcome.identifier not in late):
+            if not (superseded or anew or outcome.identifier in late):
                 yield outcome
-        if not since:
-            yield from late.values()
+        yield from (outcome for identifier, outcome in late.items() if identifier in wanted)
     if not unfinished:
         return
     for entry in map(unpack, entries):

@@ -29,6 +29,9 @@ BUDGET: Final = 300
 
 MOST_DAYS: Final = reconciling.ROWS
 
+CLOCKS_MS: Final = 86_400_000
+"""Usage is dated by others' clocks, and the logs by the store's: more than these ever differ."""
+
 _KEY: Final = b"comparison"
 """Of the records of comparisons: one partition has them all."""
 
@@ -146,7 +149,7 @@ def reconcile(
     names = frozenset(meter.stripe.event_name for meter in config.meters) if event_names is None else event_names
     shadow = config.stripe.mode == "shadow"
     comparison = _Comparison(store, stripe, span, _who(config), budget, shadow=shadow)
-    known = comparison.ours(DAY, audit.everything(store))
+    known = comparison.ours(DAY, comparison.records())
     if shadow:
         for subject in _mapped(config, names):
             # Also of whom nothing was counted: today's billing may bill them.
@@ -228,6 +231,11 @@ class _Comparison:
         self._parts: dict[tuple[Subject, int], list[Part]] = {}
         self.compared = Compared(span.start, span.end, "shadow" if shadow else "send", stripe.now())
 
+    def records(self) -> Iterator[Record]:
+        """All totals that may have usage of these days: each was finished after it was used, or is not yet."""
+        begin = self._store.since(Log.OUTCOMES, self._span.start * 1000 - CLOCKS_MS)
+        return audit.everything(self._store, since=begin)
+
     def ours(self, size: int, records: Iterable[Record]) -> Books:
         """What was delivered, and what may be there besides."""
         return reconciling.books(records, self._span, size, self._who, shadow=self._shadow)
@@ -288,7 +296,7 @@ class _Comparison:
         if not (wrong := self._wrong()):
             return
         wanted = {(each.subject, each.start) for each in wrong}
-        records = [each for each in audit.everything(self._store) if not wanted.isdisjoint(self._of(each, DAY))]
+        records = [each for each in self.records() if not wanted.isdisjoint(self._of(each, DAY))]
         days, self._hours = self.ours(DAY, records), self.ours(HOUR, records)
         for each in wrong:
             if days.get(each.subject, {}).get(each.start, Book()) != each.ours:
@@ -324,7 +332,8 @@ class _Comparison:
 
     def _by_hour(self, records: Sequence[Record]) -> dict[tuple[Subject, int], list[Part]]:
         found: dict[tuple[Subject, int], list[Part]] = {}
-        places = _places(self._store, {_total_of(each).identifier for each in records})
+        begin = self._store.since(Log.TOTALS, self._span.start * 1000 - CLOCKS_MS)
+        places = _places(self._store, begin, {_total_of(each).identifier for each in records})
         for record in records:
             total = _total_of(record)
             place = places.get(total.identifier)
@@ -409,9 +418,9 @@ def _total_of(record: Record) -> Outcome | Total:
     return record.total if isinstance(record, Entry) else record
 
 
-def _places(store: Archive, identifiers: set[str]) -> dict[str, Total]:
+def _places(store: Archive, begin: Mapping[int, int], identifiers: set[str]) -> dict[str, Total]:
     found: dict[str, Total] = {}
-    for each in store.logged(Log.TOTALS):
+    for each in store.logged(Log.TOTALS, begin):
         record = totals.decode(each.value)
         if isinstance(record, Total) and record.identifier in identifiers:
             found[record.identifier] = record

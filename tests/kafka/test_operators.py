@@ -254,6 +254,9 @@ class Watched:
             self._happens()
         self.asked += 1
 
+    def facts(self) -> Facts | None:
+        return self._archive.facts()
+
     def restore(self, stage: Stage, partition: int) -> Restored | None:
         self._ask()
         return self._archive.restore(stage, partition)

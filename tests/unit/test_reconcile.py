@@ -391,6 +391,18 @@ def test_totals_in_doubt_may_be_the_difference_and_are_not_called_wrong(account:
     assert [day["state"] for day in found(account.reconcile(), exit_code=1)[0]] == ["differs"]
 
 
+def test_what_was_delivered_long_after_it_was_used_is_found_behind_what_was_delivered_before(account: Account) -> None:
+    """The outcomes of before are not read."""
+    for day in range(-24, 8, 8):
+        account.deliver(total(min(NOON, NOON + day * DAY), "cus_bob"), now=NOON + day * DAY + 300)
+    account.deliver(total(NOON, value="3"), now=NOON + 34 * DAY)
+    later(account, 40 * 24)
+
+    days, compared = found(account.reconcile())
+
+    assert (days, compared["equal"], compared["equal_value"]) == ([], 2, "8")
+
+
 # The budget
 
 
