@@ -230,7 +230,9 @@ def test_a_total_whose_answer_was_lost_is_not_delivered_by_an_event_that_was_rej
     on.stripe.faults.plan = None
     service.until(lambda: standing(service)["refused"] == 1, "it is refused", within=60.0)
     assert standing(service) == {"delivered": 0, "refused": 1, "refused value": 5, "missing": 0}
-    assert outcomes(service) == [("cus_0", "refused")]
+    *before, last = outcomes(service)
+    assert last == ("cus_0", "refused")
+    assert before in ([], [("cus_0", "duplicate")]), "the attempt may be quicker than the reader of the log"
     assert on.billed() == {}
     service.stop()
 
