@@ -24,9 +24,10 @@ format: .venv/.dev ## rewrite the code in the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.dev ## speed of stage 1 on a real Kafka, of two processes against one, and of a restore
+bench: .venv/.dev ## speed of both stages on a real Kafka, of two processes against one, and of a restore
 	$(BIN)/python -m benchmarks.aggregate
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.deliver
 	$(BIN)/python -m benchmarks.restore
 
 chaos: .venv/.dev ## a million events, three processes, three brokers, forty faults: billed must equal produced
