@@ -76,6 +76,10 @@ def engine(base: str) -> Iterator[Engine]:
         raise EngineUnavailableError("there is no command docker")
     running = Engine(dict(os.environ))
     if running("info", "--format", "{{.ServerVersion}}", check=False).returncode == 0:
+        if running("image", "inspect", base, check=False).returncode:
+            pulled = running("pull", "--quiet", base, check=False)
+            if pulled.returncode:
+                raise EngineUnavailableError(f"an engine runs, and cannot fetch {base}: {pulled.stderr.strip()}")
         yield running
         return
     missing = [each for each in ("dockerd", "debootstrap") if shutil.which(each) is None]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from consumer import config
+from consumer import __version__, config
 from consumer.runtime import intake, membership, reporter, webhooks
 from consumer.storage import kafka_transactions
 from tests.helm import schema
@@ -44,6 +44,26 @@ def test_the_schema_of_the_values_is_the_services_own() -> None:
     """Whatever the service learns to read, the chart lets through, and nothing else."""
     written = (CHART / "values.schema.json").read_text(encoding="utf-8")
     assert written == schema.text(), "it is stale: python -m tests.helm.schema"
+
+
+def test_the_schema_of_the_values_knows_each_value_and_no_other() -> None:
+    """What the chart takes has a default that says so, and a comment."""
+
+    def keys(found: dict[str, Any], known: dict[str, Any], place: str = "") -> Iterator[str]:
+        inside = known.get("properties", {})
+        yield from (place + each for each in inside.keys() ^ found.keys() if known.get("additionalProperties") is False)
+        for each in inside.keys() & found.keys() - {"config"}:
+            if isinstance(found[each], dict):
+                yield from keys(found[each], inside[each], f"{place}{each}.")
+
+    known = json.loads((CHART / "chart.schema.json").read_text(encoding="utf-8"))
+    # config is the service's own, and helm puts global there where the chart is a part of another one.
+    assert set(keys(read(CHART / "values.yaml"), known)) == {"config", "global"}
+
+
+def test_the_chart_deploys_this_version() -> None:
+    """The tag of the image is the version of the source, unless the values say otherwise."""
+    assert read(CHART / "Chart.yaml")["appVersion"] == __version__
 
 
 @each_example
