@@ -270,7 +270,8 @@ def totals(
     """Show what was or will be reported to Stripe, and what became of it: the newest windows first.
 
     --since and --until are about the beginning of the window. States: pending (not sent yet), delivered, parked (waits
-    for somebody, see `tallyman parked`), unbilled (the customer is mapped to null), zero, discarded, refused.
+    for somebody, see `tallyman parked`), unbilled (the customer is mapped to null), zero, discarded, refused (by
+    Stripe, after it was delivered), shadowed (not sent, because somebody else bills it).
 
     --explain tells the whole story of one total: where in the topic its events lie, its attempts, what was decided, and
     under which identifiers it was sent.
@@ -325,7 +326,8 @@ def reset(
 ) -> None:
     """Start over: archive the state, and bill the events from a time on.
 
-    For a state that is lost, or that does not fit the topic any more. Totals that have not been delivered are given up,
+    For a state that is lost, or that does not fit the topic any more; and to bill from then on what was only shadowed
+    until now (stripe.mode: shadow). Totals that have not been delivered are given up,
     and shown before. Refused while the service runs, and where it would bill anything twice.
 
     Example: `tallyman reset --bill-from 2026-11-01T00:00:00Z`
@@ -347,8 +349,10 @@ def reset(
     kept = resetting.reset(given, old, source, topic, bill_from=bill_from, clock=CLOCK)
     if kept is not None:
         typer.echo(kept)
+    send = " and stripe.mode: send" if given.stripe.mode == "shadow" else ""
     typer.echo(
-        f"{given.pipeline} begins anew. Set bill_from: {shown(bill_from)} in {config}, then start with `tallyman run`."
+        f"{given.pipeline} begins anew. Set bill_from: {shown(bill_from)}{send} in {config}, then start with "
+        "`tallyman run`."
     )
 
 
