@@ -94,7 +94,8 @@ class Rejection(msgspec.Struct, frozen=True, tag_field="kind", tag="rejection"):
     at: int
     """When we heard of it, in milliseconds since the epoch."""
     outcome: msgspec.Raw
-    """What then became of the total: a record of the outcomes log, as stage 2 appends it."""
+    """What then became of the total: a record of the outcomes log, as stage 2 appends it. Null where it had not ended:
+    how it ends decides what the rejection means."""
 
 
 class Report(msgspec.Struct, frozen=True, tag_field="kind", tag="report"):

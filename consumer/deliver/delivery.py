@@ -318,6 +318,9 @@ class Delivery:
                 self._journal.put(identifier, live or self._parked.replace(entry))
         elif identifier in self._seats:
             self._note(now, identifier, f"the report {rejection.report} of Stripe names it, and it has not been sent")
+        elif bytes(rejection.outcome) == b"null":
+            # Which attempt ended it is not known here any more: Stripe is asked to say it again.
+            self._note(now, identifier, f"the report {rejection.report} of Stripe names it, and it has ended meanwhile")
         elif self._keep(rejection):
             taken_back = decode_outcome(bytes(rejection.outcome))
             self.ledger.reject(taken_back)

@@ -4,16 +4,15 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
-from msgspec.structs import replace
 
 from consumer import totals
 from consumer.deliver.entries import (
     Entry,
     Outcome,
+    State,
     decode_outcome,
     encode_outcome,
     is_total,
-    outcome,
     refused,
     rejects,
     total_of,
@@ -76,6 +75,8 @@ class Matched(msgspec.Struct, frozen=True):
     customer: str
     """As events name the customer: by it the rejection lies in its total's partition."""
     event_name: str
+    moving: bool = False
+    """Its total is being tried. It may have ended when stage 2 reads of this; then it has to be told again."""
 
 
 # What a report says
@@ -199,11 +200,15 @@ def matched(store: Archive, reported: Reported, now: int) -> list[Matched]:
     found: list[Matched] = []
     for identifier, samples in wanted.items():
         if (ended := finished.get(identifier)) is not None:
-            meant = [each for each in samples if _rejects(ended, each)][:1]
-            found += [_match(each, refused(ended, _why(each), now), reported, now) for each in meant]
+            for each in [each for each in samples if _rejects(ended, each)][:1]:
+                then = refused(ended, f"{each.code}: {each.message}", now)
+                rejection = _rejection(each, identifier, reported, now, encode_outcome(then))
+                found.append(Matched(rejection, ended.customer, ended.event_name))
         elif (entry := unfinished.get(identifier)) is not None:
-            then = outcome(entry, "refused", now)
-            found += [_match(each, replace(then, reason=_why(each)), reported, now) for each in samples]
+            total, moving = entry.total, entry.state is not State.PARKED and entry.first_unproven is not None
+            for each in samples:
+                rejection = _rejection(each, identifier, reported, now, b"null")
+                found.append(Matched(rejection, total.customer, total.stripe.event_name, moving))
     return found
 
 
@@ -211,22 +216,16 @@ def _rejects(ended: Outcome, sample: Sample) -> bool:
     return rejects(ended.how, ended.key, ended.billed_as or ended.identifier, sample.key)
 
 
-def _why(sample: Sample) -> str:
-    return f"{sample.code}: {sample.message}"
-
-
-def _match(sample: Sample, then: Outcome, reported: Reported, now: int) -> Matched:
-    """``then`` is what becomes of the total."""
-    rejection = Rejection(
-        identifier=then.identifier,
+def _rejection(sample: Sample, identifier: str, reported: Reported, now: int, then: bytes) -> Rejection:
+    return Rejection(
+        identifier=identifier,
         key=sample.key,
         code=sample.code,
         message=sample.message,
         report=reported.report,
         at=now,
-        outcome=msgspec.Raw(encode_outcome(then)),
+        outcome=msgspec.Raw(then),
     )
-    return Matched(rejection, then.customer, then.event_name)
 
 
 def _finished(
@@ -251,7 +250,7 @@ def _unfinished(store: Archive, identifiers: Collection[str]) -> dict[str, Entry
 
 
 def records(reported: Reported, found: Collection[Matched], event_name: str | None, now: int) -> list[Append]:
-    """What stage 2 is told: each rejection beside its total, and the report."""
+    """What stage 2 is told: each rejection beside its total, and the report once nothing in it is moving any more."""
     report = Report(
         report=reported.report,
         at=now,
@@ -261,7 +260,7 @@ def records(reported: Reported, found: Collection[Matched], event_name: str | No
         errors=reported.errors,
         named=len(found),
     )
-    return [
-        *(Append(Log.TOTALS, each.customer.encode(), totals.encode(each.rejection)) for each in found),
-        Append(Log.TOTALS, reported.report.encode(), totals.encode(report)),
-    ]
+    told = [Append(Log.TOTALS, each.customer.encode(), totals.encode(each.rejection)) for each in found]
+    if not any(each.moving for each in found):
+        told.append(Append(Log.TOTALS, reported.report.encode(), totals.encode(report)))
+    return told

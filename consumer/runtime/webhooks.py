@@ -209,14 +209,16 @@ class Webhooks:
         if not self._ready():
             return _postponed(report, "the state is being restored")
         try:
-            taken = await _aside(self._take, report)
+            reported, event_name, found = await _aside(self._take, report)
         except (Malformed, NotThere, WrongMode) as failed:
             result, why = Result.FAILED, str(failed)
         except (ReadFailed, StorageError) as failed:
             return _postponed(report, str(failed))
         else:
+            if any(each.moving for each in found):
+                return _postponed(report, "a total that it names is being tried: how that ends is needed")
             result, why = Result.TAKEN, ""
-            self._tell(*taken)
+            self._tell(reported, event_name, found)
         if why:
             log.error("stripe_report_failed", report=report, reason=why)
         self._handled[report] = None

@@ -107,6 +107,22 @@ def test_an_earlier_attempt_that_was_rejected_does_not_take_back_a_later_one_tha
     assert [(each.how, each.key) for each in world.outcomes] == [("delivered", f"{attempt.identifier}:1")]
 
 
+def test_of_a_total_that_has_ended_meanwhile_only_its_outcome_tells_whether_it_is_taken_back() -> None:
+    """Unfinished when its outcome was looked for, and delivered by a later attempt when the rejection is read."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.run(world.now + 10 * MINUTE)
+    world.log.append(of_unfinished(attempt, "evt_1", world.now))
+    world.run(world.now)
+    assert [(each.how, each.key) for each in world.outcomes] == [("delivered", f"{attempt.identifier}:1")]
+    assert "has ended meanwhile" in world.delivery.notes[-1].text
+    world.log.append(rejection(world, f"{attempt.identifier}:1"))
+    world.run(world.now)
+    assert [each.how for each in world.outcomes] == ["delivered", "refused"], "said again, it counts"
+    assert world.balanced()
+
+
 def test_a_parked_total_keeps_what_stripe_reported_of_it() -> None:
     world = World()
     attempt = world.sent()

@@ -12,7 +12,7 @@ import pytest
 import stripe as sdk
 from structlog.testing import capture_logs
 
-from consumer.deliver.entries import decode_outcome
+from consumer.deliver.entries import Entry, Reason, State, decode_outcome
 from consumer.runtime import service
 from consumer.runtime.webhooks import LARGEST, refusal
 from consumer.sandbox.stripe import SECRET_KEY
@@ -32,6 +32,7 @@ from tests.unit.reporting import (
     configured,
     delivered,
     reported,
+    total,
 )
 
 
@@ -256,6 +257,33 @@ def test_what_stripe_does_not_say_now_is_repeated_later(desk: Desk, wrong: Any) 
     assert desk.send(event, event) == [503, 200]
     assert (desk.counted("postponed"), desk.counted("taken")) == (1, 1)
     assert len(desk.told()) == 2
+
+
+def test_while_a_total_is_tried_its_report_is_told_and_repeated(desk: Desk) -> None:
+    """It may have ended when stage 2 reads of it; then the outcome tells by which attempt."""
+    event = desk.report("tm1-1-alice", "tm1-2-alice")
+    tried = Entry(total(1), State.RETRY, "cus_alice", first_unproven=NOW_MS, attempts=1)
+    desk.finish(delivered(2))
+    desk.keep(tried)
+    assert desk.send(event, event) == [503, 503]
+    told = desk.told()
+    assert {type(each) for each in told} == {Rejection}, "no report yet"
+    assert [bytes(each.outcome) == b"null" for each in told if isinstance(each, Rejection)] == [True, False] * 2
+    assert desk.registry.get_sample_value("tallyman_stripe_rejected_totals_total") == 0
+
+    desk.finish(delivered(1, key="tm1-1-alice:1"))
+    assert desk.send(event) == [200]
+    _, report = desk.told()[len(told) :]
+    assert isinstance(report, Report)
+    assert report.named == 1, "another attempt delivered the first one"
+
+
+def test_a_parked_total_keeps_nobody_waiting(desk: Desk) -> None:
+    desk.keep(Entry(total(1), State.PARKED, "cus_alice", first_unproven=NOW_MS, reason=Reason.IN_DOUBT, parking=1))
+    assert desk.send(desk.report("tm1-1-alice")) == [200]
+    rejection, _ = desk.told()
+    assert isinstance(rejection, Rejection)
+    assert bytes(rejection.outcome) == b"null"
 
 
 def test_without_its_store_the_service_takes_nothing(desk: Desk) -> None:
