@@ -35,14 +35,21 @@ class Lanes(Generic[T]):
         """Whether ``take`` would give one."""
         return bool(self._free)
 
-    def add(self, key: Key, item: T) -> None:
-        """Put an item at the end of its lane."""
+    def add(self, key: Key, item: T, *, first: bool = False) -> None:
+        """Put an item at the end of its lane; or before all others, so that it is taken next if its lane is free."""
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = _Lane()
-        if not lane.queue and not lane.busy:
-            self._free.append(key)
-        lane.queue.append(item)
+        if first:
+            if lane.queue and not lane.busy:
+                self._free.remove(key)
+            if not lane.busy:
+                self._free.appendleft(key)
+            lane.queue.appendleft(item)
+        else:
+            if not lane.queue and not lane.busy:
+                self._free.append(key)
+            lane.queue.append(item)
         self._length += 1
 
     def take(self) -> T | None:

@@ -145,7 +145,11 @@ class Gate:
         """How often it was shut, for whatever reason, or opened: who has not seen a turn can tell by this."""
         self.probe_at = 0
         self._silent = 0
-        self._unheard: set[str] = set()
+        self.unheard: set[str] = set()
+        """Customers for whom nothing was heard since something was heard for anybody."""
+        self.fresh = 0
+        """How often a probe was called for with somebody else's total, one that has not been tried: the first ones may
+        never be answered though Stripe is there. After 2, 4, 8 … probes in vain, for each of them may be a doubt."""
         self._probes = 0
         self._last: deque[str | None] = deque()
         self._refused: Counter[str] = Counter()
@@ -156,14 +160,14 @@ class Gate:
             self._remember(customer if verdict is Verdict.REFUSED else None)
             if verdict in _SILENCE:
                 self._silent += 1
-                self._unheard.add(customer)
+                self.unheard.add(customer)
             else:
                 self._forget_silence()
             if verdict is Verdict.UNAUTHORISED:
                 self._close(Shut.UNAUTHORISED, now)
             elif self._refused.total() > self.REFUSED and len(self._refused) >= self.CUSTOMERS:
                 self._close(Shut.REFUSALS, now)
-            elif self._silent >= self.SILENT and len(self._unheard) >= self.UNHEARD:
+            elif self._silent >= self.SILENT and len(self.unheard) >= self.UNHEARD:
                 self._close(Shut.DOWN, now)
         elif verdict is Verdict.UNAUTHORISED and self.shut is not Shut.UNAUTHORISED:
             self._close(Shut.UNAUTHORISED, now)
@@ -171,6 +175,9 @@ class Gate:
             self._open()
         elif probe:
             self._probes += 1
+            self.unheard.add(customer)
+            if self.shut is Shut.DOWN and self._probes > 1 and not self._probes & (self._probes - 1):
+                self.fresh += 1
             self._plan(now)
 
     def _remember(self, refused: str | None) -> None:
@@ -201,7 +208,7 @@ class Gate:
 
     def _forget_silence(self) -> None:
         self._silent = 0
-        self._unheard.clear()
+        self.unheard.clear()
 
 
 class Sender(Protocol):

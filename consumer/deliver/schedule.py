@@ -59,6 +59,10 @@ class Schedule:
         self._sent = 0
         self._probe: Live | None = None
         self._probe_wanted = False
+        self._fresh: Live | None = None
+        """The one to probe with, where it is to be one whose customer has not been tried in this outage."""
+        self._asked = 0
+        """The last of the gate's calls for a fresh probe that was followed, or could not be."""
         self._retired = False
 
     @property
@@ -71,7 +75,7 @@ class Schedule:
         """Whether more could be sent if more were armed."""
         if self._retired:
             return False
-        return not self._lanes.ready and bool(self._probe_wanted if self._outlet.gate.shut else self._waiting)
+        return self._probe_wanted if self._outlet.gate.shut else not self._lanes.ready and bool(self._waiting)
 
     @property
     def can_probe(self) -> bool:
@@ -110,20 +114,27 @@ class Schedule:
     def arm(self, now: int) -> list[Live]:
         """Mark what the commit that is being made allows to be sent: all that waits, or one that is to probe."""
         probe = self._probe_wanted and self._outlet.has_turn(self)
-        count = int(probe) if self._outlet.gate.shut else len(self._waiting)
-        self._arming = [] if self._retired else list(self._waiting.values())[:count]
+        if self._retired:
+            self._arming = []
+        elif not self._outlet.gate.shut:
+            self._arming = list(self._waiting.values())
+        elif probe and self._fresh is not None and self._fresh.phase is Phase.WAITING:
+            self._arming = [self._fresh]
+        else:
+            self._arming = list(self._waiting.values())[: int(probe)]
         for live in self._arming:
             del self._waiting[live.entry.total.identifier]
             live.phase = Phase.ARMING
             live.entry.first_unproven = now
-        self._probe_wanted = False
+        self._probe_wanted, self._fresh = False, None
         return self._arming
 
     def armed(self) -> None:
         """That commit is durable."""
         for live in self._arming:
             if live.phase is Phase.ARMING:
-                self.ready(live)
+                live.phase = Phase.READY
+                self._lanes.add(live.lane, live, first=self._outlet.gate.shut is not None)
         self._arming = []
 
     def noticed(self) -> list[Live]:
@@ -162,7 +173,10 @@ class Schedule:
         if outlet.gate.shut:
             if not self._may_probe(now):
                 return None
-            self._probe_wanted = not self._lanes.ready and bool(self._waiting)
+            self._call_fresh()
+            self._probe_wanted = self._fresh is not None or (not self._lanes.ready and bool(self._waiting))
+            if self._fresh is not None:
+                return None
             if not self._lanes.ready and not self._waiting:
                 outlet.cannot_probe(self, now)
         elif not self._lanes.ready or outlet.pacing.wait(now):
@@ -175,6 +189,14 @@ class Schedule:
             outlet.pacing.spend()
             self._probe = live if outlet.gate.shut else None
         return live
+
+    def _call_fresh(self) -> None:
+        gate = self._outlet.gate
+        if self._fresh is not None and self._fresh.phase is not Phase.WAITING:
+            self._fresh = None
+        if gate.fresh != self._asked:
+            self._asked = gate.fresh
+            self._fresh = next((live for live in self._waiting.values() if live.seat not in gate.unheard), None)
 
     def _may_probe(self, now: int) -> bool:
         return not self._arming and self._outlet.may_probe(self, now)

@@ -160,6 +160,19 @@ def test_nobody_waits_for_a_bad_one(name: str, traffic: list[Usage]) -> None:
     assert max(late.values()) <= SECOND
 
 
+@pytest.mark.parametrize("heard", [BROKEN, Lost("timeout")])
+def test_nobody_waits_for_ever_where_stripe_does_not_answer_for_several(heard: Heard) -> None:
+    """That looks like an outage, and a total of theirs is always there to probe with; others find out that it is none.
+
+    Before an hour is over, at any time of the night: Stripe waits for so long before an invoice is final.
+    """
+    stripe = stripe_with(lambda attempt: heard if "bad" in attempt.stripe_customer else None, silent=10 * SECOND)
+    bad = [Usage(max(0, usage.at - 5), f"bad{n}", "ai-tokens", -1 - n) for usage in QUIET_NIGHT for n in range(4)]
+    told = drive([*QUIET_NIGHT, *bad], stripe, until=QUIET_NIGHT[-1].at + HOUR)
+    late = {each: told.taken.get(each, 2 * HOUR) - each.at for each in QUIET_NIGHT}
+    assert max(late.values()) <= 50 * MINUTE
+
+
 # A backlog, and a Stripe that takes so many a second
 
 
