@@ -122,6 +122,9 @@ class Team:
         assert result.exit_code == exit_code, result.output
         return [json.loads(line) for line in result.stdout.splitlines()]
 
+    def pending(self) -> list[dict[str, Any]]:
+        return self.lines("totals", "--limit", "0", "--state", "pending")
+
     def shadowed(self) -> float:
         return self.service.metrics().sum("tallyman_totals_value", state="shadowed")
 
@@ -140,6 +143,7 @@ class Team:
         self.service.stop()
         done = self.tallyman("reset", "--bill-from", when, "--yes")
         assert done.exit_code == 0, done.output
+        assert f"Set bill_from: {when} and stripe.mode: send in " in done.stdout
         self.service.set(bill_from=when, stripe={"mode": "send"})
         assert {each["what"] for each in self.lines("check") if each["level"] == "error"} == set()
         self.service.start()
@@ -205,6 +209,7 @@ def test_a_cut_over_loses_nothing_and_doubles_nothing(on: Bench, storage: str) -
     team.until_billed(first + second + third)
     right(on.stripe, first + second + third)
 
+    team.service.until(lambda: not team.pending(), "it is known here, too")
     states = {each["identifier"]: each["state"] for each in team.lines("totals", "--limit", "0")}
     assert set(states.values()) == ({"delivered", "shadowed"} if storage == "kafka" else {"delivered"})
     assert len(states) == len(team.lines("totals", "--limit", "0"))
