@@ -34,7 +34,7 @@ import aiohttp
 import stripe
 from confluent_kafka import Producer
 
-from consumer.runtime.stripe import API_VERSION
+from consumer.runtime.stripe import API_VERSION, CONNECTIONS
 from consumer.sandbox.kafka import LocalKafka, free_ports
 from consumer.storage import Stage
 from consumer.storage.kafka_records import partition_of
@@ -258,7 +258,8 @@ def bare(events: int) -> Run:
 async def client(url: str, events: int) -> None:
     """What runs in that process: a hundredth of a second's events every hundredth of a second."""
     stripe.enable_telemetry = False
-    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS))
+    free = asyncio.Semaphore(CONNECTIONS)
     sdk = stripe.StripeClient(
         KEY,
         stripe_version=API_VERSION,
@@ -283,8 +284,10 @@ async def client(url: str, events: int) -> None:
     for number, total in enumerate(made):
         if (ahead := number / RATE - (time.perf_counter() - began)) > 0:
             await asyncio.sleep(max(ahead, 0.01))
+        await free.acquire()
         sending.add(task := asyncio.create_task(send(total)))
         task.add_done_callback(sending.discard)
+        task.add_done_callback(lambda _: free.release())
     await asyncio.gather(*sending)
     await asyncio.Event().wait()
 
