@@ -54,6 +54,8 @@ class _Known:
     sure: dict[Place, list[Piece]] = field(default_factory=dict)
     maybe: dict[Place, list[tuple[str, Piece]]] = field(default_factory=dict)
     """With the identifier of the total."""
+    parked: set[tuple[str, int]] = field(default_factory=set)
+    """Totals that are parked, and which time."""
 
 
 def is_doubtful(entry: Entry) -> bool:
@@ -96,7 +98,9 @@ def judge(
         mine = doubts[identifier]
         sights = tuple(_sight(identifier, place, tuple(pieces), known, seen[place]) for place, pieces in mine.items())
         advised = recommend(_reason(entry), sights, incomplete=missing)
-        if any(_moved(known, later, place) for place in mine):
+        if (identifier, entry.parking) not in later.parked:
+            advised = Recommendation(Advice.WAIT, "It was decided just now: ask again.")
+        elif any(_moved(known, later, place) for place in mine):
             advised = Recommendation(Advice.WAIT, "Totals of this minute were on their way just now: ask again.")
         judged.append(Judged(entry, sights, advised))
     return judged
@@ -139,6 +143,8 @@ def _known(
             if sure is not None and sure[0] in places:
                 known.sure.setdefault(sure[0], []).append(sure[1])
         else:
+            if isinstance(each, Entry) and each.state is State.PARKED:
+                known.parked.add((identifier, each.parking))
             maybe = _unfinished(Entry(each) if isinstance(each, Total) else each, customers, everybody)
         for place in maybe.keys() & places:
             known.maybe.setdefault(place, []).extend((identifier, piece) for piece in maybe[place])

@@ -17,7 +17,10 @@ from consumer.deliver.answers import Answer, Heard, Lost
 from consumer.deliver.delivery import Attempt, Delivery
 from consumer.deliver.doubt import FINAL_AFTER
 from consumer.deliver.pacing import Outlet
+from consumer.runtime import audit, evidence
+from consumer.runtime.clocks import SystemClock
 from consumer.runtime.customers import Passthrough
+from consumer.runtime.stripe_reads import reading
 from consumer.sandbox import stripe_wire
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import Clock, StripeStandIn
@@ -457,3 +460,24 @@ def test_who_an_unread_total_is_for_is_looked_up_and_may_be_anybody_where_that_f
     told = json.loads(desk.says("parked", "show", "tm1-x", "--json"))
     assert [each["identifier"] for each in told["places"][0]["doubtful"]] == coming
     assert told["recommendation"]["advice"] == ("wait" if coming else "discard")
+
+
+@pytest.mark.parametrize("arrives", [("tm1-x",), ()])
+def test_what_is_decided_while_it_is_looked_at_is_not_judged_by_what_came_of_it(
+    desk: Desk, arrives: tuple[str, ...]
+) -> None:
+    """Its own outcome would make up for all of the sum: what is there would seem not to be."""
+    desk.doubt(total("x"), arrives=arrives)
+    desk.wait(DAY)
+    with SqliteStore.open(desk.path, now=lambda: 0, create=False, lock=False) as store:
+        before = [*audit.parked(store)]
+    desk.says("parked", "discard" if arrives else "release", "tm1-x", "--why", "the sum says so")
+    desk.deliver()
+    desk.wait(2 * DAY)
+    with (
+        SqliteStore.open(desk.path, now=lambda: 0, create=False, lock=False) as store,
+        reading(SECRET_KEY, api_base=desk.stripe.url, livemode=False, clock=SystemClock()) as reads,
+    ):
+        (judged,) = evidence.judge(store, before, Passthrough(), reads)
+    assert judged.recommendation.advice == "wait"
+    assert "ask again" in judged.recommendation.why
