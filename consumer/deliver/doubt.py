@@ -16,13 +16,13 @@ import msgspec
 from consumer.deliver.entries import (
     BILLED,
     HOUR,
-    SAME_IDENTIFIER_FOR,
     Decision,
     Entry,
     Outcome,
     Reason,
     State,
     identifier_of,
+    newest,
 )
 from consumer.totals import for_stripe, plain, scaled
 
@@ -122,10 +122,8 @@ def own(entry: Entry) -> dict[Place, list[Piece]]:
     found = _earlier(entry.decisions, total.identifier, total.value, name, stamp)
     if entry.first_unproven is not None and entry.customer is not None:
         place = place_of(entry.customer, name, stamp)
-        newest = None
-        if entry.state is State.PARKED:
-            newest = entry.parked_at or entry.first_unproven + SAME_IDENTIFIER_FOR
-        found.append((place, Piece(entry.identifier, for_stripe(scaled(total.value)), newest)))
+        last = newest(entry.first_unproven, entry.parked_at) if entry.state is State.PARKED else None
+        found.append((place, Piece(entry.identifier, for_stripe(scaled(total.value)), last)))
     return _grouped(found)
 
 
@@ -273,12 +271,12 @@ def _wait(facts: str, missing: Sequence[Piece], seen: Seen) -> _Told:
     coming = [each.identifier for each in missing if each.newest is None]
     if coming:
         return _Told("wait", f"{facts} Others of the minute are not finished ({_some(coming)}): wait until they are.")
-    newest = max(each.newest or 0 for each in missing)
+    last = max(each.newest or 0 for each in missing)
     why = (
         f"{facts} But its sums lag, and are relied on after {FINAL_AFTER // HOUR} hours: the newest that may be "
-        f"missing is less than {max(0, seen.at - newest) // HOUR + 1} h old."
+        f"missing is less than {max(0, seen.at - last) // HOUR + 1} h old."
     )
-    return _Told("wait", why, newest + FINAL_AFTER)
+    return _Told("wait", why, last + FINAL_AFTER)
 
 
 def _sums(values: Iterable[int]) -> list[int] | None:

@@ -67,6 +67,15 @@ def is_total(key: bytes) -> bool:
     return b"/" not in key
 
 
+def newest(first_unproven: int, parked_at: int) -> int:
+    """When Stripe can have taken the last event of a parked total.
+
+    Not only until it was parked: a process that was suspended with a request in its hands, and does not know that
+    others go on in its place, writes it when it wakes, if the 23 hours are not over.
+    """
+    return max(parked_at, first_unproven + SAME_IDENTIFIER_FOR)
+
+
 class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a person decided about a parked total, and what was known of it then. Times are milliseconds."""
 
@@ -92,7 +101,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def newest(self) -> int | None:
         """Stripe has not taken an event of that generation later; None where it can have taken none."""
-        return None if self.first_unproven is None else self.parked_at or self.first_unproven + SAME_IDENTIFIER_FOR
+        return None if self.first_unproven is None else newest(self.first_unproven, self.parked_at)
 
 
 class Rejected(msgspec.Struct, frozen=True):

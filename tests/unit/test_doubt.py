@@ -314,36 +314,48 @@ def test_a_total_may_be_wherever_an_attempt_is_not_proven_absent() -> None:
     """In every generation, at the customer that it was sent to then."""
     each = entry()
     assert own(each) == {}
-    each.first_unproven, each.state, each.reason, each.parked_at = NOW, State.PARKED, Reason.IN_DOUBT, NOW + HOUR
+    each.first_unproven, each.state, each.reason, each.parked_at = NOW, State.PARKED, Reason.IN_DOUBT, NOW + 24 * HOUR
     here = Place("cus_a", "tokens", 1_793_300_040)
-    assert own(each) == {here: [Piece("tm1", 5 * SCALE, NOW + HOUR)]}
+    assert own(each) == {here: [Piece("tm1", 5 * SCALE, NOW + 24 * HOUR)]}
     each.decided(Command("release", "tm1", "eve", "", NOW), Reason.IN_DOUBT)
     each.renew()
     each.first_unproven, each.customer, each.parked_at = NOW + 30 * HOUR, "cus_b", NOW + 60 * HOUR
     assert own(each) == {
-        here: [Piece("tm1", 5 * SCALE, NOW + HOUR)],
+        here: [Piece("tm1", 5 * SCALE, NOW + 24 * HOUR)],
         here._replace(customer="cus_b"): [Piece("tm1-g2", 5 * SCALE, NOW + 60 * HOUR)],
     }
 
 
 def test_a_finished_total_is_where_it_was_delivered_and_may_be_where_it_was_in_doubt() -> None:
     each = entry()
-    each.first_unproven, each.state, each.parked_at = NOW, State.PARKED, NOW + HOUR
+    each.first_unproven, each.state, each.parked_at = NOW, State.PARKED, NOW + 24 * HOUR
     each.decided(Command("release", "tm1", "eve", "", NOW), Reason.IN_DOUBT)
     each.renew()
     here = Place("cus_a", "tokens", 1_793_300_040)
-    sure, maybe = finished(outcome(each, "delivered", NOW + 2 * HOUR, key="tm1-g2"))
-    assert sure == (here, Piece("tm1-g2", 5 * SCALE, NOW + 2 * HOUR))
-    assert maybe == {here: [Piece("tm1", 5 * SCALE, NOW + HOUR)]}
+    sure, maybe = finished(outcome(each, "delivered", NOW + 25 * HOUR, key="tm1-g2"))
+    assert sure == (here, Piece("tm1-g2", 5 * SCALE, NOW + 25 * HOUR))
+    assert maybe == {here: [Piece("tm1", 5 * SCALE, NOW + 24 * HOUR)]}
 
     given_up = entry()
-    given_up.first_unproven, given_up.parked_at = NOW, NOW + HOUR
-    before = outcome(given_up, "discarded", NOW + 2 * HOUR)
-    assert finished(before) == (None, {here: [Piece("tm1", 5 * SCALE, NOW + 2 * HOUR)]})
+    given_up.first_unproven, given_up.parked_at = NOW, NOW + 24 * HOUR
+    before = outcome(given_up, "discarded", NOW + 25 * HOUR)
+    assert finished(before) == (None, {here: [Piece("tm1", 5 * SCALE, NOW + 25 * HOUR)]})
     given_up.decided(Command("discard", "tm1", "eve", "", NOW), Reason.IN_DOUBT)
-    assert finished(outcome(given_up, "discarded", NOW)) == (None, {here: [Piece("tm1", 5 * SCALE, NOW + HOUR)]})
+    assert finished(outcome(given_up, "discarded", NOW)) == (None, {here: [Piece("tm1", 5 * SCALE, NOW + 24 * HOUR)]})
     assert finished(msgspec.structs.replace(before, stripe_customer=None)) == (None, {})
     assert finished(msgspec.structs.replace(before, how="refused", decisions=())) == (
         None,
-        {here: [Piece("tm1", 5 * SCALE, NOW + 2 * HOUR)]},
+        {here: [Piece("tm1", 5 * SCALE, NOW + 25 * HOUR)]},
     )
+
+
+def test_who_does_not_know_that_others_go_on_may_write_until_the_23_hours_are_over() -> None:
+    """A process that was suspended with a request in its hands; the total was refused meanwhile, and parked."""
+    each = entry()
+    each.first_unproven, each.state, each.reason, each.parked_at = NOW, State.PARKED, Reason.REFUSED, NOW + HOUR
+    here = Place("cus_a", "tokens", 1_793_300_040)
+    assert own(each) == {here: [Piece("tm1", 5 * SCALE, NOW + 23 * HOUR)]}
+    each.decided(Command("release", "tm1", "eve", "", NOW), Reason.REFUSED)
+    each.renew()
+    each.first_unproven = None
+    assert own(each) == {here: [Piece("tm1", 5 * SCALE, NOW + 23 * HOUR)]}
