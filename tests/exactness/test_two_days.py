@@ -326,6 +326,7 @@ def connections_are_refused(story: Story) -> int:
     story.use(*EARLY)
     story.shut()
     story.until(4)
+    story.service.until(lambda: len(story.tried()) <= 1, "what was refused is durably untried, but for a probe")
     story.kill(story.fate)
     story.shut()
     story.until(8)
