@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first failure")
     parser.add_argument("--fault", choices=[each.name for each in FAULTS], help="with this fault put in")
     parser.add_argument("--wild", action="store_true", help="years' steps also of the clocks by which is sent")
+    parser.add_argument("--doubtful", action="store_true", help="worlds in which much is in doubt")
     given = parser.parse_args()
     with next((each.put() for each in FAULTS if each.name == given.fault), nullcontext()):
         return search(given)
@@ -35,7 +36,7 @@ def search(given: argparse.Namespace) -> int:
     for seed in seeds:
         done += 1
         try:
-            met += run(seed, world=World(seed, wild=given.wild)).met
+            met += run(seed, world=World(seed, wild=given.wild, doubtful=given.doubtful)).met
         except Exception as failure:  # noqa: BLE001 - whatever breaks is what is looked for
             failed += 1
             print(tell(seed, failure, given))
@@ -43,16 +44,16 @@ def search(given: argparse.Namespace) -> int:
                 break
         else:
             if given.trace:
-                print(*traced(seed, wild=given.wild), sep="\n")
+                print(*traced(seed, wild=given.wild, doubtful=given.doubtful), sep="\n")
     took = time.monotonic() - began
     print(f"{done} seeds in {took:.1f} s, {done / took:.0f} a second; {failed} failed")
     print(", ".join(f"{what}: {times}" for what, times in sorted(met.items())))
     return 1 if failed else 0
 
 
-def traced(seed: int, *, wild: bool = False) -> list[str]:
+def traced(seed: int, *, wild: bool = False, doubtful: bool = False) -> list[str]:
     """What happened in a run, which is the same each time."""
-    world = World(seed, trace=True, wild=wild)
+    world = World(seed, trace=True, wild=wild, doubtful=doubtful)
     with suppress(Exception):
         run(seed, world=world)
     return world.trace or []
@@ -60,9 +61,11 @@ def traced(seed: int, *, wild: bool = False) -> list[str]:
 
 def tell(seed: int, failure: Exception, given: argparse.Namespace | None = None) -> str:
     """How a seed failed: the end of its trace, the failure, and how to see it again."""
-    whole, wild, fault = (given.trace, given.wild, given.fault) if given else (False, False, None)
-    options = " --wild" * wild + (f' --fault "{fault}"' if fault else "")
-    lines = traced(seed, wild=wild)
+    whole, wild, doubtful, fault = (
+        (given.trace, given.wild, given.doubtful, given.fault) if given else (False, False, False, None)
+    )
+    options = " --wild" * wild + " --doubtful" * doubtful + (f' --fault "{fault}"' if fault else "")
+    lines = traced(seed, wild=wild, doubtful=doubtful)
     return "\n".join(
         [
             *(lines if whole else lines[-25:]),

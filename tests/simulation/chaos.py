@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Final
 
+from consumer.deliver.doubt import own
 from consumer.deliver.entries import Reason, State, is_total, unpack
 from consumer.storage import Stage
 from consumer.totals import Command
+from tests.simulation.operator import settle
 from tests.simulation.stripe import Mood
 from tests.simulation.world import CUSTOMERS, SMALL_STEP, Run, Violation, Worker, World
 from tests.unit.stage1 import DAY, HOUR, MINUTE, SECOND
@@ -129,6 +131,8 @@ def change_mood(world: World) -> None:
         "dawdling": lambda: Mood(dawdles=0.4),
     }
     choices: list[Callable[[], Mood]] = [Mood, *(make for name, make in possible.items() if name in world.features)]
+    if world.doubtful:
+        choices = [Mood, lambda: Mood(loses=1), lambda: Mood(loses=1, dawdles=0.3), lambda: Mood(breaks=1)]
     world.stripe.mood = world.random.choice(choices)()
     world.note("Stripe: %s", world.stripe.mood)
 
@@ -209,9 +213,25 @@ def write_elsewhere(world: World) -> None:
     if untried:
         total = world.random.choice(untried)
         world.foreign.add(total.identifier)
-        world.stripe.take_from_elsewhere(total.identifier, str(CUSTOMERS[total.customer]), world.time)
+        customer = str(CUSTOMERS[total.customer])
+        world.stripe.take_from_elsewhere(total.identifier, total, "666", customer, world.time)
         world.note("somebody else writes %s", total.identifier)
         world.met["foreign"] += 1
+
+
+def write_beside(world: World) -> None:
+    """Somebody else uses a meter, too, under identifiers of their own."""
+    if world.totals:
+        total = world.random.choice(world.totals)
+        name, customer = f"other-{len(world.stripe.taken)}", str(CUSTOMERS[total.customer])
+        world.stripe.take_from_elsewhere(name, total, "77.000777", customer, world.time)
+        world.note("somebody else uses %s of %s", total.meter, customer)
+        world.met["a second writer"] += 1
+
+
+def ask_operator(world: World) -> None:
+    """Somebody looks at what is parked."""
+    settle(world)
 
 
 def remap(world: World) -> None:
@@ -238,6 +258,8 @@ EVENTS: Final[tuple[tuple[str, float, Callable[[World], None]], ...]] = (
     ("configurations", 3, configure),
     ("transactions", 8, decide),
     ("elsewhere", 3, write_elsewhere),
+    ("second writer", 3, write_beside),
+    ("operator", 6, ask_operator),
     ("unmapped", 2, remap),
     ("", 8, revive),
 )
@@ -252,6 +274,8 @@ def storm(world: World) -> None:
         del world.names.known["bob"]
     events = [(weight, happen) for feature, weight, happen in EVENTS if not feature or feature in world.features]
     weights = [weight for weight, _ in events]
+    if world.doubtful:
+        weights = [weight * 3 if happen in (jump, ask_operator) else weight for weight, happen in events]
     for _ in range(STEPS):
         world.move(random.randrange(300))
         if random.random() < WORK / (WORK + sum(weights)):
@@ -282,6 +306,18 @@ def calm_down(world: World) -> None:
         elif not worker.turns:
             worker.start()
     released: set[str] = set()
+    come_to_rest(world, released)
+    while (answer := settle(world)) != (0, None):
+        followed, later = answer
+        if not followed and later is not None:
+            world.move(max(MINUTE, later + SECOND - world.time))
+        world.calm_since = world.time
+        come_to_rest(world, released)
+    stop(world)
+
+
+def come_to_rest(world: World, released: set[str]) -> None:
+    """Go on until nothing happens by itself any more."""
     waited = 0
     while not at_rest(world, released):
         before = world.progress
@@ -299,7 +335,6 @@ def calm_down(world: World) -> None:
         world.move(idle(world, SECOND << min(waited, 9)) if waited else 1)
         if world.time - world.calm_since > PATIENCE:
             raise Violation(f"something is left behind: {left(world)}")
-    stop(world)
 
 
 def idle(world: World, patience: int) -> int:
@@ -340,7 +375,7 @@ def at_rest(world: World, released: set[str]) -> bool:
         for number, delivery in reporter.deliveries.items():
             for entry in delivery.parked():
                 identifier = entry.total.identifier
-                if entry.first_unproven is None and identifier not in released:
+                if not own(entry) and identifier not in released:
                     released.add(identifier)
                     world.store.totals[number].append(Command("release", identifier, "eve", "mended", world.time))
                     again = True
@@ -379,7 +414,7 @@ def parked(world: World) -> dict[str, Reason | None]:
                 if is_total(key):
                     entry = unpack(value)
                     world.claim(entry.state is State.PARKED, "%s is left %s", key, entry.state)
-                    world.claim(entry.first_unproven is not None, "%s is parked for no reason", key)
+                    world.claim(bool(own(entry)), "%s is parked for no reason", key)
                     found[key.decode()] = entry.reason
     return found
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+from msgspec.structs import replace
+
 from consumer.aggregate import aggregator, buckets, counting, duplicates
 from consumer.aggregate.aggregator import Aggregator
 from consumer.aggregate.clock import QuietClock, Reading
@@ -18,9 +20,10 @@ from consumer.aggregate.counting import Counting
 from consumer.aggregate.duplicates import Remembered
 from consumer.aggregate.meters import identifier
 from consumer.aggregate.readers import Uncountable
-from consumer.deliver import answers, delivery
+from consumer.deliver import answers, delivery, doubt
 from consumer.deliver.answers import Answer, Heard, Lost, Verdict
 from consumer.deliver.delivery import Delivery
+from consumer.deliver.doubt import Sight
 from consumer.deliver.entries import Entry
 from consumer.deliver.lanes import Lanes
 from consumer.deliver.pacing import Outlet
@@ -44,17 +47,21 @@ class Fault:
     story: str
     within: int
     put: Callable[[], AbstractContextManager[object]]
+    doubtful: bool = False
+    """Whether it is looked for in worlds that are about doubts."""
 
 
 FAULTS: list[Fault] = []
 
 
-def fault(name: str, story: str, *, within: int) -> Callable[[Callable[[], Iterator[None]]], Callable[[], Any]]:
+def fault(
+    name: str, story: str, *, within: int, doubtful: bool = False
+) -> Callable[[Callable[[], Iterator[None]]], Callable[[], Any]]:
     """Name one."""
 
     def named(put: Callable[[], Iterator[None]]) -> Callable[[], Any]:
         made = contextmanager(put)
-        FAULTS.append(Fault(name, story, within, made))
+        FAULTS.append(Fault(name, story, within, made, doubtful))
         return made
 
     return named
@@ -108,11 +115,10 @@ def _forgotten_early() -> Iterator[None]:
 def _late_dropped() -> Iterator[None]:
     read = Counting.read
 
-    def on_time(self: Counting, event: Event, age: int) -> tuple[str, int]:
-        at = self._partition.arrival - age
+    def on_time(self: Counting, event: Event, at: int, age: int) -> tuple[str, int]:
         if self._partition.clock >= at - at % self._meter.size + self._grace:
             raise Uncountable("late", "its window has closed")
-        return read(self, event, age)
+        return read(self, event, at, age)
 
     with patch.object(Counting, "read", on_time):
         yield
@@ -698,4 +704,47 @@ def _keeps_its_turn() -> Iterator[None]:
 )
 def _outlet_kept() -> Iterator[None]:
     with patch.object(Reporter, "let_go", lambda *_: None):
+        yield
+
+
+# Doubts
+
+
+@fault(
+    "a doubt is released before the sums can have it",
+    "Stripe took it, and its sums show it an hour later: it is billed twice.",
+    within=40,
+    doubtful=True,
+)
+def _before_the_sums() -> Iterator[None]:
+    with patch.object(doubt, "FINAL_AFTER", 0):
+        yield
+
+
+@fault(
+    "other doubts of the minute are not looked at",
+    "The one that is there passes for the one that is not: this is given up, and billed to nobody.",
+    within=120,
+    doubtful=True,
+)
+def _alone() -> Iterator[None]:
+    look = doubt._look
+
+    with patch.object(doubt, "_look", lambda sight: look(replace(sight, others=()))):
+        yield
+
+
+@fault(
+    "what was delivered lately is taken to be in the sum",
+    "It is not yet; what is there instead is a doubt of the same value, which is released, and billed twice.",
+    within=60,
+    doubtful=True,
+)
+def _all_seen() -> Iterator[None]:
+    look = doubt._look
+
+    def final(sight: Sight) -> object:
+        return look(replace(sight, sure=tuple(replace(each, newest=0) for each in sight.sure)))
+
+    with patch.object(doubt, "_look", final):
         yield

@@ -5,6 +5,7 @@ from random import Random
 
 from consumer.deliver.answers import Answer
 from consumer.deliver.delivery import Attempt
+from consumer.totals import Total
 from tests.unit.delivery_world import BROKEN, BUSY, NO_METER, OK, REFUSED, UNAUTHORISED, duplicate
 from tests.unit.stage1 import DAY
 
@@ -82,8 +83,9 @@ class SimulatedStripe:
         self.taken.append(Taken(now, attempt))
         return BROKEN if broken else OK
 
-    def take_from_elsewhere(self, identifier: str, customer: str, now: int) -> None:
-        """Somebody else writes an event with this identifier."""
-        attempt = Attempt(identifier, "elsewhere", "?", "?", "666", {}, now // 1000, customer)
+    def take_from_elsewhere(self, identifier: str, beside: Total, value: str, customer: str, now: int) -> None:
+        """Somebody else writes an event with this identifier, to the meter and minute of a total."""
+        event_name = beside.stripe.event_name
+        attempt = Attempt(identifier, "elsewhere", "?", event_name, value, {}, beside.timestamp, customer)
         self._identifiers[identifier] = now
         self.taken.append(Taken(now, attempt, foreign=True))

@@ -4,6 +4,7 @@ import pytest
 
 from tests.simulation.chaos import run
 from tests.simulation.faults import FAULTS, Fault
+from tests.simulation.world import World
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[each.name.replace(" ", "-") for each in FAULTS])
@@ -11,7 +12,7 @@ def test_a_fault_is_noticed(fault: Fault) -> None:
     with fault.put():
         for seed in range(fault.within):
             try:
-                run(seed)
+                run(seed, world=World(seed, doubtful=fault.doubtful))
             except (AttributeError, NameError, TypeError):
                 raise  # the fault itself is wrong
             except Exception:  # noqa: BLE001 - a violation, or a core that notices by itself

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -26,6 +27,17 @@ def test_everything_is_billed_once_whatever_happens(first: int) -> None:
 def test_a_step_of_a_year_where_requests_are_sent() -> None:
     for seed in range(30):
         run(seed, world=World(seed, wild=True))
+
+
+def test_doubts_are_settled_rightly_whatever_happens() -> None:
+    """By somebody who follows all advice, and looks at any moment."""
+    met: Counter[str] = Counter()
+    for seed in range(60):
+        try:
+            met += run(seed, world=World(seed, doubtful=True)).met
+        except Exception as failure:  # noqa: BLE001 - whatever breaks, the seed has to be told
+            pytest.fail(f"in a doubtful world, seed {seed}: {failure!r}", pytrace=False)
+    assert min(met[f"advice: {each}"] for each in ("release", "discard", "wait", "cannot_tell")) > 20
 
 
 def test_a_seed_repeats_itself_in_another_process() -> None:
@@ -52,6 +64,7 @@ def test_the_seeds_meet_everything() -> None:
         *("assigned", "revoked", "lost", "lost while it is restored", "a restore is in vain"),
         *("a commit is refused", "others go on after a failed commit", "dropped with requests on their way"),
         "sent by who is no member",
+        *("advice: release", "advice: discard", "advice: wait", "advice: cannot_tell", "a second writer"),
         *("Stripe away", "an answer is lost", "in doubt", "foreign", "a probe for several"),
     ]
     assert {what: met[what] for what in wanted if met[what] < 10} == {}

@@ -126,13 +126,13 @@ def _totals_are_the_truth(world: World, truths: list[Truth], totals: list[Total]
 
 
 def _stripe_has_each_total_once(world: World, totals: dict[str, Total], parked: dict[str, Reason | None]) -> None:
-    ours = Counter(each.attempt.identifier for each in world.stripe.taken if not each.foreign)
+    ours = Counter(each.attempt.total for each in world.stripe.taken if not each.foreign)
     outcomes = {outcome.identifier: outcome for outcome in world.store.outcomes}
     world.claim(len(outcomes) == len(world.store.outcomes), "a total has ended twice")
     world.claim(ours.keys() <= totals.keys(), "Stripe was sent what is no total")
     for each in world.stripe.taken:
         if not each.foreign:
-            total, attempt = totals[each.attempt.identifier], each.attempt
+            total, attempt = totals[each.attempt.total], each.attempt
             world.claim(
                 (attempt.value, attempt.stripe_customer, attempt.event_name, attempt.timestamp)
                 == (_rounded(total), world.names.known[total.customer], total.meter, total.timestamp),
@@ -169,8 +169,8 @@ def _billed_is_the_truth(
     for each in world.stripe.taken:
         if not each.foreign:
             attempt = each.attempt
-            billed[attempt.event_name, attempt.stripe_customer, windows[attempt.identifier]] += Decimal(attempt.value)
-    here = {each.attempt.identifier for each in world.stripe.taken if not each.foreign}
+            billed[attempt.event_name, attempt.stripe_customer, windows[attempt.total]] += Decimal(attempt.value)
+    here = {each.attempt.total for each in world.stripe.taken if not each.foreign}
     away: dict[Place, Decimal] = defaultdict(Decimal)
     for total in totals:
         place = total.meter, total.customer, total.window_start

@@ -13,7 +13,7 @@ from typing import Final
 from consumer.aggregate.aggregator import Rules
 from consumer.aggregate.clock import Reading
 from consumer.deliver.answers import Heard, Lost, NeverConnected
-from consumer.deliver.entries import SAME_IDENTIFIER_FOR, unpack
+from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Reason, unpack
 from consumer.storage import Changes, Log, Stage
 from consumer.totals import Advance, Total, decode
 from tests.simulation.groups import Group
@@ -38,8 +38,10 @@ FEATURES: Final = (
     "crash", "pause", "rebalance", "bad commits", "lost answers", "server errors", "away", "busy", "dawdling",
     "refusals", "locked out", "offsets expire", "wrong clocks", "a year's step", "days", "configurations",
     "transactions", "elsewhere", "unmapped", "repetitions", "late", "stalls", "slow answers", "slow restores",
-    "single stages", "cut off",
+    "single stages", "cut off", "operator", "second writer",
 )  # fmt: skip
+
+DOUBTFUL: Final = frozenset({"operator", "lost answers", "server errors", "days"})
 
 
 class Violation(AssertionError):
@@ -167,11 +169,13 @@ class Worker:
 class World:
     """Made from a seed, and by nothing else."""
 
-    def __init__(self, seed: int, *, trace: bool = False, wild: bool = False) -> None:
+    def __init__(self, seed: int, *, trace: bool = False, wild: bool = False, doubtful: bool = False) -> None:
         self.random = random = Random(seed)  # noqa: S311 - it has to repeat itself
         self.seed = seed
         self.wild = wild
         """Whether the clock by which requests are sent may step by years, too."""
+        self.doubtful = doubtful
+        """Whether it is about doubts: answers get lost for days, and the totals of a minute are many."""
         self.trace: list[str] | None = [] if trace else None
         self.time = T0 + random.randrange(HOUR)
         self.began = self.time
@@ -180,6 +184,8 @@ class World:
         self.progress = 0
         self.met: Counter[str] = Counter()
         self.features = {each for each in FEATURES if random.random() < 0.45}
+        if doubtful:
+            self.features = (self.features | DOUBTFUL) - {"away", "refusals", "locked out", "late"}
         self.honest = not self.features & {"wrong clocks", "a year's step"}
         self.source = [SourceLog() for _ in range(random.choice((1, 2, 3)))]
         spread = random.choice((1, 2, 4))
@@ -190,6 +196,8 @@ class World:
         self.store = SimulatedStore(self.groups, spread, lambda: self.time, self.applied)
         self.stripe = SimulatedStripe(random)
         self.in_flight = random.choice((3, 40))
+        self.lag = Random(seed).choice((0, 10 * MINUTE, 20 * HOUR))  # noqa: S311 - it has to repeat itself
+        """How long it takes at most until Stripe's sums have an event."""
         self.names = Names(dict(CUSTOMERS))
         self.mapping = 0
         self.deduplicate_for = random.choice((HOUR, DAY))
@@ -294,9 +302,11 @@ class World:
                     self._look_at_advance(record)
             return
         for value in changes.puts.values():
-            if b"in_doubt" in value and (marked := unpack(value).first_unproven) is not None:
+            # The word is in the decisions of those that have been released, too.
+            entry = unpack(value) if b"in_doubt" in value else None
+            if entry is not None and entry.reason is Reason.IN_DOUBT and entry.first_unproven is not None:
                 self.met["in doubt"] += 1
-                age = self.time - marked
+                age = self.time - entry.first_unproven
                 aged = self.wild or age >= SAME_IDENTIFIER_FOR - HOST_CLOCKS
                 self.claim(aged, "partition %d: in doubt after %d ms", partition, age)
 
@@ -380,7 +390,11 @@ class World:
             if again is not None:
                 return again
         self._ids += 1
-        mine = [name for name in CUSTOMERS if zlib.crc32(name.encode()) % len(self.source) == number] or ["ann"]
+        mine = (
+            ["ann"]
+            if self.doubtful
+            else [name for name in CUSTOMERS if zlib.crc32(name.encode()) % len(self.source) == number] or ["ann"]
+        )
         kind = random.choices(("used", "called", "garbage", "tombstone"), (70, 25, 3, 2))[0]
         return Usage(f"e{self._ids}", self._event_time(), random.choice(mine), kind, random.randrange(len(AMOUNTS)))
 
