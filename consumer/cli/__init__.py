@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 
+import structlog
 import typer
 from confluent_kafka import KafkaException
 from typer.core import TyperGroup
@@ -48,6 +49,8 @@ from consumer.runtime.stripe import WrongMode
 from consumer.runtime.stripe_reads import ReadFailed
 from consumer.storage import Stage, StorageError
 
+log = structlog.get_logger()
+
 WRONG: Final = (
     Refused,
     ConfigError,
@@ -83,11 +86,16 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except WRONG as wrong:
-            typer.echo(f"tallyman: {wrong}", err=True)
-            raise typer.Exit(2) from None
+            self._say(ctx, wrong, code := 2)
         except FAILED as failed:
+            self._say(ctx, failed, code := 1)
+        raise typer.Exit(code)
+
+    def _say(self, ctx: Any, failed: Exception, code: int) -> None:
+        if ctx.invoked_subcommand == "run" and not logs.for_people():
+            log.error("failed", reason=str(failed), exit_code=code)
+        else:
             typer.echo(f"tallyman: {failed}", err=True)
-            raise typer.Exit(1) from None
 
 
 app = typer.Typer(
@@ -139,9 +147,11 @@ def run(
     Example: `STRIPE_SECRET_KEY_FILE=/run/secrets/stripe tallyman run -c prod.yaml`
     """
     logs.configure(log_level)
+    given = read_config(config)
+    logs.log_uncaught()
     service.run(
-        read_config(config),
-        service.Surroundings(CLOCK, lambda each, _: source_of(each, log_level=4)),
+        given,
+        service.Surroundings(CLOCK, service.kafka_source),
         frozenset(Stage) if stage is None else frozenset({stage}),
     )
 

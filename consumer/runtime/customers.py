@@ -14,7 +14,7 @@ log = structlog.get_logger()
 
 
 class CustomerFileError(Exception):
-    """The file cannot be used; the message names the place and the cure."""
+    """The file cannot be used; the message names the place and the cure, but no customer: it is logged."""
 
 
 class Passthrough:
@@ -95,21 +95,50 @@ class CustomerFile:
             found = yaml.load(text, _Loader)  # noqa: S506 - it is the safe one
         except OSError as failed:
             raise CustomerFileError(f"customers.path: {self.path} cannot be read: {failed.strerror}") from None
-        except yaml.YAMLError as wrong:
-            raise CustomerFileError(f"customers.path: {self.path} is no YAML: {wrong}") from None
+        except _Twice as wrong:
+            raise CustomerFileError(
+                f"customers.path: {self.path}, lines {wrong.first} and {wrong.second}: a name is in it twice"
+            ) from None
+        except yaml.MarkedYAMLError as wrong:
+            at = wrong.problem_mark
+            place = f", line {at.line + 1}, column {at.column + 1}" if at is not None else ""
+            raise CustomerFileError(f"customers.path: {self.path} is no YAML{place}") from None
+        except (TypeError, ValueError):  # a list as a name, a 13th month
+            raise CustomerFileError(
+                f"customers.path: {self.path} holds something else than text: write lines like acme: cus_123, and in "
+                "quotes what looks like a date, a number or a list"
+            ) from None
+        except yaml.YAMLError:
+            raise CustomerFileError(f"customers.path: {self.path} is no YAML: it has bytes that are no text") from None
         if found is not None and not isinstance(found, dict):
             raise CustomerFileError(f"customers.path: {self.path} is no mapping; write lines like acme: cus_123")
         if not found:
             raise CustomerFileError(f"customers.path: {self.path} holds no customers; write lines like acme: cus_123")
-        for name, customer in found.items():
+        for number, (name, customer) in enumerate(found.items()):
             if not isinstance(name, str) or not (customer is None or (isinstance(customer, str) and customer)):
                 raise CustomerFileError(
-                    f"customers.path: {self.path}: {name!r}: {customer!r} is no name with a Stripe customer or null "
+                    f"customers.path: {self.path}, {_place(text, number)} is no name with a Stripe customer or null "
                     "(names of digits need quotes)"
                 )
         if not text.endswith((b"\n", b"}")):
             raise CustomerFileError(f"customers.path: {self.path} ends in the middle of a line: is it all there?")
         return Mapped(found)
+
+
+def _place(text: bytes, number: int) -> str:
+    """Where an entry of a mapping stands, told without its name."""
+    node = yaml.compose(text, _Loader)
+    if isinstance(node, yaml.MappingNode) and number < len(node.value):
+        return f"line {node.value[number][0].start_mark.line + 1}"
+    return f"entry {number + 1}"
+
+
+class _Twice(Exception):
+    """A name stands on two lines."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(first, second)
+        self.first, self.second = first, second
 
 
 class _Loader(yaml.CSafeLoader):
@@ -119,5 +148,6 @@ class _Loader(yaml.CSafeLoader):
         names = [key.value for key, _ in node.value]
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is in it twice", node.start_mark)
+            first, second, *_ = (key.start_mark.line + 1 for key, _ in node.value if key.value == twice)
+            raise _Twice(first, second)
         return super().construct_mapping(node, deep)

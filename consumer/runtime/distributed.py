@@ -13,6 +13,7 @@ from consumer.config import Config
 from consumer.runtime import processors, start
 from consumer.runtime.clocks import Clock
 from consumer.runtime.ground import Ground
+from consumer.runtime.logs import KAFKA_LINES
 from consumer.runtime.membership import Member
 from consumer.runtime.reporter import State
 from consumer.runtime.source import Source, SourceError, Topic
@@ -116,7 +117,7 @@ def _grow(config: Config, source: Source, topics: Topics) -> int:
 
 def _client(config: Config) -> dict[str, Any]:
     # Below errors the clients say that producers have no use for what is set for consumers, and the other way round.
-    return {"log_level": "3"} | config.kafka_client()
+    return {"log_level": "3", "logger": KAFKA_LINES} | config.kafka_client()
 
 
 def _metadata_of(member: Member) -> Callable[[], bytes]:

@@ -25,6 +25,7 @@ from consumer.runtime.customers import CustomerFile, Passthrough
 from consumer.runtime.ground import Ground
 from consumer.runtime.http import Http
 from consumer.runtime.intake import Intake
+from consumer.runtime.logs import KAFKA_LINES
 from consumer.runtime.metrics import Reports, Requests, State
 from consumer.runtime.reporter import TAKES_S, Reporter
 from consumer.runtime.source import Silence, Source, SourceError, SourceSilent, Topic
@@ -74,7 +75,8 @@ def group_of(config: Config) -> str:
 
 def kafka_source(config: Config, group: str) -> Source:
     """The source topic on the configured cluster."""
-    return Source(config.kafka_client(), config.kafka.topic, group)
+    client = {"log_level": "4", "logger": KAFKA_LINES} | config.kafka_client()
+    return Source(client, config.kafka.topic, group)
 
 
 def run(config: Config, around: Surroundings, stages: frozenset[Stage] = BOTH) -> None:

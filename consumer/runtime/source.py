@@ -21,6 +21,8 @@ from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
+from consumer.storage.kafka_client import administrator
+
 T = TypeVar("T")
 
 log = structlog.get_logger()
@@ -105,7 +107,7 @@ class Source:
         self.topic = topic
         self.group = group
         self._client = dict(client)
-        self._admin = AdminClient(self._client)
+        self._admin = administrator(self._client)
 
     def consumer(self) -> Consumer:
         """The consumer of stage 1: offsets are ours alone, and small fetches keep memory and latency low."""
@@ -227,7 +229,7 @@ class Source:
                 error = failed.args[0]
                 if error.name() in _UNREACHABLE:
                     # A client keeps waiting for the one controller that it was told of, whoever it is by now.
-                    self._admin = AdminClient(self._client)
+                    self._admin = administrator(self._client)
                     servers = self._client["bootstrap.servers"]
                     raise SourceSilent(
                         f"Kafka does not answer at {servers} ({error.str()}): is it up, is bootstrap_servers right?"

@@ -46,6 +46,11 @@ def reader(client: Mapping[str, Any], group: str, *, committed: bool) -> Consume
     return Consumer({**client, **_READING, "group.id": group, "isolation.level": isolation})
 
 
+def administrator(client: Mapping[str, Any]) -> AdminClient:
+    """Asks and changes what is no record. It logs nothing: nobody polls it for its lines, and what fails is raised."""
+    return AdminClient({name: value for name, value in client.items() if name != "logger"} | {"log_level": "0"})
+
+
 NEW: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})
 """What a broker says of a topic that another one has just created."""
 

@@ -7,10 +7,9 @@ from time import monotonic
 from typing import Any, Final, Protocol, cast
 
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from consumer.storage import Facts, Log, Logged, Stage, StorageError, Unreachable
-from consumer.storage.kafka_client import PASSING, REQUEST_S, asked, reader
+from consumer.storage.kafka_client import PASSING, REQUEST_S, administrator, asked, reader
 from consumer.storage.kafka_records import POSITION_KEY, Position, decode_position, mark_in
 from consumer.storage.kafka_topics import Topics, partitions_of
 
@@ -145,7 +144,7 @@ def _redriven(
 
 def log_sizes(client: Mapping[str, Any], topics: Topics) -> dict[Log, int]:
     """How many partitions each log has."""
-    found = partitions_of(AdminClient(dict(client)), [topics.log(log) for log in Log])
+    found = partitions_of(administrator(client), [topics.log(log) for log in Log])
     missing = [topics.log(log) for log in Log if topics.log(log) not in found]
     if missing:
         raise Unreachable(f"not to be used at the moment: {', '.join(missing)}. Are all brokers up?")
@@ -171,7 +170,7 @@ def witnessed(
 
 def members_of(client: Mapping[str, Any], group: str) -> list[str]:
     """The hosts of the group's members; a process that has died is one until its session has timed out."""
-    admin = AdminClient(dict(client))
+    admin = administrator(client)
 
     def ask(within: float) -> list[str]:
         try:
@@ -186,7 +185,7 @@ def members_of(client: Mapping[str, Any], group: str) -> list[str]:
 
 
 def partition_count(client: Mapping[str, Any], topic: str) -> int:
-    found = partitions_of(AdminClient(dict(client)), [topic])
+    found = partitions_of(administrator(client), [topic])
     if topic not in found:
         raise Unreachable(f"not to be used at the moment: {topic}. Are all brokers up?")
     return found[topic]

@@ -12,7 +12,7 @@ from confluent_kafka.admin._resource import ResourceType
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
 from consumer.storage import Log, Stage, StorageError, Unreachable
-from consumer.storage.kafka_client import AGAIN_S, NEW, PASSING, REQUEST_S, asked
+from consumer.storage.kafka_client import AGAIN_S, NEW, PASSING, REQUEST_S, administrator, asked
 
 LARGEST_RECORD: Final = 2**20
 """Bytes. Larger than any record of ours: a dead letter holds an event of 256 KB in base64."""
@@ -127,7 +127,7 @@ def ensure(client: Mapping[str, Any], topics: Topics, *, partitions: int, keep_m
         StorageError: a topic is not as it has to be; the message holds the commands that cure it.
         Unreachable: Kafka does not answer.
     """
-    admin = AdminClient(dict(client))
+    admin = administrator(client)
     settings = _settings(topics, keep_ms)
     found = partitions_of(admin, topics.all)
     missing = [topic for topic in topics.all if topic not in found]
@@ -149,7 +149,7 @@ def present(client: Mapping[str, Any], topics: Topics) -> dict[str, int]:
 
     Raises ``Unreachable`` where one is there and cannot be used: that is no lost one.
     """
-    found = _described(AdminClient(dict(client)), topics.all)
+    found = _described(administrator(client), topics.all)
     unusable = [topic for topic, leaders in found.items() if not all(leaders)]
     if unusable:
         raise Unreachable(f"not to be used at the moment: {', '.join(unusable)}. Are all brokers up?")
@@ -158,7 +158,7 @@ def present(client: Mapping[str, Any], topics: Topics) -> dict[str, int]:
 
 def faults(client: Mapping[str, Any], topics: Topics, found: Mapping[str, int], *, keep_ms: int) -> list[str]:
     """What is not as it has to be, of the topics that were found with so many partitions; each with its cure."""
-    admin, servers, settings = AdminClient(dict(client)), str(client["bootstrap.servers"]), _settings(topics, keep_ms)
+    admin, servers, settings = administrator(client), str(client["bootstrap.servers"]), _settings(topics, keep_ms)
     return [
         *_wrong_partitions(topics, found),
         *(each for topic in found for each in _wrong_settings(admin, servers, topic, settings[topic])),
@@ -173,7 +173,7 @@ def level(client: Mapping[str, Any], topics: Topics) -> None:
     found = present(client, topics)
     pair = {topic: found[topic] for topic in (topics.totals, topics.deliver_state) if topic in found}
     most = max(pair.values(), default=0)
-    admin = AdminClient(dict(client))
+    admin = administrator(client)
     for topic in [topic for topic, count in pair.items() if count < most]:
         _grow(admin, topic, most)
         _until_usable(admin, {topic: most})

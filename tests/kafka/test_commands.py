@@ -276,16 +276,16 @@ def test_a_wrong_start_ends_the_service_with_a_message_and_no_traceback(place: P
     place.configure(kafka={"topic": "nowhere"})
     command = [sys.executable, "-m", "consumer", "run", "-c", str(place.config)]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | KEY, check=False)
-    assert (ended.returncode, ended.stderr) == (
+    assert (ended.returncode, json.loads(ended.stderr)["reason"]) == (
         1,
-        f"tallyman: the topic nowhere does not exist at {place.servers}: create it, or correct kafka.topic\n",
+        f"the topic nowhere does not exist at {place.servers}: create it, or correct kafka.topic",
     )
     place.configure()
     without_key = {name: value for name, value in os.environ.items() if name != "STRIPE_SECRET_KEY"}
     ended = subprocess.run(command, capture_output=True, text=True, env=without_key, check=False)
-    assert (ended.returncode, ended.stderr) == (
+    assert (ended.returncode, json.loads(ended.stderr)["reason"]) == (
         2,
-        "tallyman: there is no Stripe key: set STRIPE_SECRET_KEY, or STRIPE_SECRET_KEY_FILE to a file that holds it\n",
+        "there is no Stripe key: set STRIPE_SECRET_KEY, or STRIPE_SECRET_KEY_FILE to a file that holds it",
     )
 
 
