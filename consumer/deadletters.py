@@ -1,5 +1,8 @@
 """Dead letters: events that cannot be counted, kept with the reason so that they can be mended and sent again."""
 
+import re
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, get_args
 
 import msgspec
@@ -44,6 +47,9 @@ class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: list[tuple[str, bytes | None]] | None = None
     value: bytes | None = None
     """None if it is larger than 256 KB; then it has to be read at its offset."""
+    traceparent: str | None = None
+    """The trace that the event belongs to, as W3C writes it (CloudEvents' extension for distributed tracing)."""
+    tracestate: str | None = None
 
 
 def encode(letter: DeadLetter) -> bytes:
@@ -54,3 +60,35 @@ def encode(letter: DeadLetter) -> bytes:
 def decode(value: bytes) -> DeadLetter:
     """The letter that was encoded."""
     return msgspec.json.decode(value, type=DeadLetter)
+
+
+_TRACEPARENT: Final = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACESTATE: Final = re.compile("[ -~]{1,512}")
+
+
+class _Members(msgspec.Struct):
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+_members = msgspec.json.Decoder(_Members)
+
+
+def trace_of(headers: Sequence[tuple[str, bytes | None]] | None, value: bytes | None) -> tuple[str | None, str | None]:
+    """``traceparent`` and ``tracestate`` of an event, however broken it is otherwise; None where there are none.
+
+    The event's own attributes are meant, or else those headers of its record that whoever produced it has set.
+    """
+    texts = {name.lower(): (text or b"").decode("ascii", "replace") for name, text in headers or ()}
+    media = texts.get("content-type", "").lstrip().lower()
+    found = []
+    if not media.startswith("application/cloudevents") and any(name.startswith("ce_") for name in texts):
+        found.append(_Members(texts.get("ce_traceparent", ""), texts.get("ce_tracestate", "")))
+    else:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found.append(_members.decode(value or b""))
+    found.append(_Members(texts.get("traceparent", ""), texts.get("tracestate", "")))
+    for each in found:
+        if _TRACEPARENT.fullmatch(each.traceparent):
+            return each.traceparent, each.tracestate if _TRACESTATE.fullmatch(each.tracestate) else None
+    return None, None

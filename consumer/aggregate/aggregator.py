@@ -316,7 +316,16 @@ class Aggregator:
     def _bury(self, record: Record, reason: str, detail: str) -> None:
         offset, (_, stamp), key, headers, value = record
         self.book.dead[reason] = self.book.dead.get(reason, 0) + 1
-        letter = DeadLetter(self.source.partition, offset, stamp, reason, detail[:_LONGEST_DETAIL])
+        traceparent, tracestate = deadletters.trace_of(headers, value)
+        letter = DeadLetter(
+            self.source.partition,
+            offset,
+            stamp,
+            reason,
+            detail[:_LONGEST_DETAIL],
+            traceparent=traceparent,
+            tracestate=tracestate,
+        )
         encoded = deadletters.encode(letter)
         parts = (key, value, *(text for header in headers or () for text in header))
         if sum(len(part) for part in parts if part is not None) <= LARGEST_VALUE:

@@ -79,9 +79,7 @@ class Counting:
         if age > self._accept_late:
             raise Uncountable("late", f"it arrived {age / HOUR:.1f} h after its event time, beyond accept_late")
         if at < self._known_from:
-            raise Uncountable(
-                "late", "it may have been counted before: deduplicate_for was shorter when it was new"
-            )
+            raise Uncountable("late", "it may have been counted before: deduplicate_for was shorter when it was new")
         if age < -FUTURE:
             raise Uncountable("future", f"its event time is {-age / MINUTE:.0f} minutes after its arrival")
         return self._customer(event), self._quantity(event)

@@ -187,6 +187,8 @@ def letter(each: Letter) -> dict[str, Any]:
         "id": id_,
         "kept": each.kept,
         "redriven_at": each.redriven_at,
+        "traceparent": dead.traceparent,
+        "tracestate": dead.tracestate,
     }
 
 
@@ -231,6 +233,7 @@ def letter_whole(each: Letter) -> None:
             ("detail", dead.detail),
             ("record", f"partition {dead.partition}, offset {dead.offset}, arrived {shown(dead.timestamp)}"),
             ("redriven", "no" if each.redriven_at is None else shown(each.redriven_at)),
+            *(("trace", text) for text in (dead.traceparent, dead.tracestate) if text),
             ("key", _human(dead.key)),
             *((f"header {name}", _human(value)) for name, value in dead.headers or ()),
         ],

@@ -105,6 +105,8 @@ class _Seen(msgspec.Struct):
     offset: int = 0
     offsets: list[int] = []
     clock: int = 0
+    traceparent: str = ""
+    tracestate: str = ""
 
 
 _seen = msgspec.json.Decoder(_Seen)
@@ -120,11 +122,13 @@ def cloud_event(pipeline: str, log: Log, value: bytes) -> Headers:
     except msgspec.MsgspecError:
         return []
     kind, name = _named(log, seen)
+    trace = (("traceparent", seen.traceparent), ("tracestate", seen.tracestate))
     return [
         ("ce_specversion", b"1.0"),
         ("ce_id", name.encode()),
         ("ce_source", f"/tallyman/{pipeline}/{log.value}".encode()),
         ("ce_type", f"tallyman.{kind}.v1".encode()),
+        *((f"ce_{attribute}", text.encode()) for attribute, text in trace if text),
         ("content-type", b"application/json"),
     ]
 

@@ -200,7 +200,6 @@ def refusal(result: Any, exit_code: int = 2) -> str:
 @pytest.mark.parametrize(
     "words",
     [
-        ["run"],
         ["check"],
         ["produce"],
         ["totals"],
@@ -214,7 +213,9 @@ def refusal(result: Any, exit_code: int = 2) -> str:
 def test_every_command_shows_all_that_is_wrong_with_the_configuration(place: Place, words: list[str]) -> None:
     place.config.write_text(place.config.read_text().replace("stripe: {livemode: false}", "stripe: {lifemode: false}"))
 
-    assert refusal(place.tallyman(*words)) == (
+    said = refusal(place.tallyman(*words))
+
+    assert said == (
         f"tallyman: {place.config}: 2 errors\n\n"
         "  line 5, stripe.livemode\n"
         "    is required: true bills real customers, false is a sandbox. It must fit the key and every answer.\n\n"
@@ -222,6 +223,9 @@ def test_every_command_shows_all_that_is_wrong_with_the_configuration(place: Pla
         "    unknown key (did you mean livemode?); allowed here: livemode, mode, finalization_grace, api_base, "
         "max_rate\n"
     )
+    line = json.loads(refusal(place.tallyman("run")))
+    assert (line["event"], line["level"], line["exit_code"]) == ("failed", "error", 2), "the service says it in its log"
+    assert f"tallyman: {line['reason']}\n" == said
 
 
 def test_a_configuration_that_is_not_there_is_named_with_what_the_system_says(place: Place) -> None:
@@ -638,6 +642,8 @@ def test_dead_letters_are_listed_with_reason_place_and_event(place: Place) -> No
         "id": "e1",
         "kept": True,
         "redriven_at": NOW,
+        "traceparent": None,
+        "tracestate": None,
     }
     assert [(line["number"], line["id"], line["kept"], line["redriven_at"]) for line in lines] == [
         (3, None, False, None),

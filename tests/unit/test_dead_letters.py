@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consumer import deadletters
+from consumer.storage import Log
+from consumer.storage.kafka_records import cloud_event
 from tests.unit.stage1 import (
     T0,
+    Headers,
     Stage1,
     event,
     meter,
@@ -121,3 +125,46 @@ def test_no_json_in_any_place_that_is_read_stops_the_partition(raw: str, place: 
     stage.commit()
     stage.crash()
     assert stage.aggregator.book.consumed == 1
+
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+OTHER = "00-11111111111111111111111111111111-2222222222222222-00"
+STRUCTURED = [("content-type", b"application/cloudevents+json; charset=utf-8")]
+BINARY = [("ce_id", b"1"), ("content-type", b"application/json")]
+
+
+@pytest.mark.parametrize(
+    ("headers", "value", "trace"),
+    [
+        (STRUCTURED, {"traceparent": PARENT, "tracestate": "a=b,c=d"}, (PARENT, "a=b,c=d")),
+        (None, {"traceparent": PARENT}, (PARENT, None)),
+        ([("traceparent", OTHER.encode())], {"traceparent": PARENT}, (PARENT, None)),
+        ([("TraceParent", OTHER.encode()), ("tracestate", b"x=y")], {}, (OTHER, "x=y")),
+        ([("traceparent", OTHER.encode())], b"{", (OTHER, None)),
+        ([("traceparent", OTHER.encode())], b"[" * 5_000, (OTHER, None)),
+        ([("traceparent", OTHER.encode())], b"\xff\xfe", (OTHER, None)),
+        ([*BINARY, ("ce_traceparent", PARENT.encode()), ("ce_tracestate", b"a=b")], {}, (PARENT, "a=b")),
+        ([*BINARY, ("traceparent", OTHER.encode())], {"traceparent": PARENT}, (OTHER, None)),
+        (BINARY, {"traceparent": PARENT}, (None, None)),
+        (None, {"traceparent": PARENT[:-1]}, (None, None)),
+        (None, {"traceparent": PARENT + "-more"}, (None, None)),
+        (None, {"traceparent": 7}, (None, None)),
+        (None, {"tracestate": "a=b"}, (None, None)),
+        (None, {"traceparent": PARENT, "tracestate": "a" * 513}, (PARENT, None)),
+        (None, {"traceparent": PARENT, "tracestate": "ü=1"}, (PARENT, None)),
+        ([("traceparent", None)], b"", (None, None)),
+    ],
+)
+def test_a_dead_letter_names_the_trace_of_its_event_whatever_is_wrong_with_that(
+    headers: Headers | None, value: dict[str, Any] | bytes, trace: tuple[str | None, str | None]
+) -> None:
+    """Who finds the letter finds the request that it came from; nothing in it may stop the partition."""
+    stage = Stage1(rules())
+    stage.send(value if isinstance(value, bytes) else json.dumps(value).encode(), T0, headers=headers)
+    stage.commit()
+    (letter,) = stage.letters
+    assert (letter.traceparent, letter.tracestate) == trace
+    named = dict(cloud_event("prod", Log.DEAD_LETTERS, deadletters.encode(letter)))
+    assert (named.get("ce_traceparent"), named.get("ce_tracestate")) == tuple(
+        text and text.encode() for text in trace
+    ), "and its own record is of that trace"
