@@ -204,7 +204,8 @@ class State(Collector):
             aggregator = partition.aggregator
             missing = max(0, (partition.end or 0) - partition.read_to) + len(partition.held)
             lag.add_metric(name, missing)
-            behind.add_metric(name, max(0, now - aggregator.book.arrival) / 1000 if missing else 0)
+            read = aggregator.book.arrival if missing else 0
+            behind.add_metric(name, max(0, now - read) / 1000 if read else 0)
             clock.add_metric(name, aggregator.book.clock / 1000)
             waits.add_metric(name, bool(partition.held))
             buckets.add_metric(name, aggregator.open_buckets)

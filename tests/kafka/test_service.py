@@ -198,6 +198,7 @@ def test_a_partition_that_waits_for_a_clock_shows_and_goes_on_when_the_clocks_ag
     topic.produce(event(10), event(100))
     service.until(lambda: service.get("/readyz")[0] == 503, "readiness shows it")
     assert "partition 0 waits: its records are dated ahead of this host's clock" in service.get("/readyz")[1]
+    assert service.metrics().sum("tallyman_lag_seconds") < HOUR / SECOND, "where nothing was read yet, nothing is old"
     assert service.get("/healthz")[0] == 200
     page = service.metrics()
     assert page.by("tallyman_partition_waits_for_clock", "partition") == {("0",): 1, ("1",): 0}
