@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from time import monotonic, sleep
 from typing import Any, Final
 
@@ -25,8 +26,13 @@ def recorded(client: Mapping[str, Any], topics: Topics) -> Facts | None:
 
 
 def newest(at: Mapping[int, Position]) -> Facts | None:
-    """What positions say that the state belongs to: the partitions that came last know of all. None without any."""
-    return max((each.facts for each in at.values()), key=lambda facts: facts.partitions, default=None)
+    """What positions say that the state belongs to. None without any.
+
+    Each partition that has begun has one. Their number is not always in them: who ran before some of them were added
+    goes on committing the number that it knows.
+    """
+    facts = max((each.facts for each in at.values()), key=lambda facts: facts.partitions, default=None)
+    return facts and replace(facts, partitions=max(facts.partitions, *(partition + 1 for partition in at)))
 
 
 def positions(client: Mapping[str, Any], topics: Topics, stage: Stage) -> dict[int, Position]:

@@ -192,6 +192,10 @@ def test_partitions_that_are_added_to_the_source_are_read_by_whoever_gets_them(o
     usage.produce()
     usage.until_billed(on, first)
     first.stop()
+    first.start()
+    usage.produce()
+    usage.until_billed(on, first)
+    first.stop()
 
 
 def test_stages_cannot_be_parted_on_one_file(on: Bench, topic: Topic) -> None:

@@ -193,6 +193,10 @@ def test_a_process_that_ran_before_the_source_grew_commits_the_new_partitions_to
         assert restored(store, partition=3) == (0, {})
         store.commit(AGGREGATE, {3: Changes(2)})
         assert restored(store, partition=3) == (2, {})
+    assert recorded(pipeline.client, pipeline.topics) == replace(begun, partitions=4), "it did not know of the fourth"
+    grow(pipeline.client, replace(begun, partitions=4), {3: Changes(0)})
+    with pipeline.store() as store:
+        assert restored(store, partition=3) == (2, {}), "what has begun is not begun again"
 
 
 def test_totals_whose_number_of_partitions_changed_are_refused(pipeline: Pipeline) -> None:
