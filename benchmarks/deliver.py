@@ -10,7 +10,8 @@ The backlog lies in a transaction of the totals log that is open until the proce
 Measured are the events that the stand-in takes, how often it says 429, and the CPU time of the sending process, all
 threads, user and system, from the first event to the last. Reported are medians of interleaved rounds.
 
-``--allowed 600`` is a Stripe that takes less than is configured: how long does a backlog take, and how many 429s?
+``--rate 1200 --allowed 1400`` leaves both limits out of it: how fast can it be? ``--allowed 600`` is a Stripe that
+takes less than is configured: how long does a backlog take, and how many 429s?
 """
 
 import argparse
@@ -184,12 +185,12 @@ class Sender:
         self._process.wait(30)
 
 
-def deliver(kafka: LocalKafka, pipeline: str, events: int, allowed: int) -> Run:
+def deliver(kafka: LocalKafka, pipeline: str, events: int, allowed: int, rate: int) -> Run:
     """Stage 2 sends a backlog."""
     kafka.create_topic(pipeline, PARTITIONS, arrival="create_time")
     with tempfile.TemporaryDirectory() as folder, stand_in(allowed) as stripe_:
         file = Path(folder, "tallyman.yaml")
-        file.write_text(json.dumps(config(kafka, pipeline, stripe_.url)))
+        file.write_text(json.dumps(config(kafka, pipeline, stripe_.url, rate)))
         sender = Sender(["consumer", "run", "-c", str(file), "--stage", str(Stage.DELIVER)], Path(folder, "log"))
         try:
             until(lambda: sender.said("started"), "stage 2 has taken all partitions over")
@@ -220,7 +221,7 @@ def hidden(kafka: LocalKafka, pipeline: str, events: int) -> Iterator[Callable[[
     yield lambda: producer.commit_transaction(30)
 
 
-def config(kafka: LocalKafka, pipeline: str, url: str) -> dict[str, Any]:
+def config(kafka: LocalKafka, pipeline: str, url: str, rate: int) -> dict[str, Any]:
     """What stage 2 runs on: everything else as it is by default."""
     port, _ = free_ports()
     return {
@@ -237,7 +238,7 @@ def config(kafka: LocalKafka, pipeline: str, url: str) -> dict[str, Any]:
                 "stripe": {"event_name": EVENT_NAME},
             }
         ],
-        "stripe": {"livemode": False, "api_base": url, "max_rate": RATE},
+        "stripe": {"livemode": False, "api_base": url, "max_rate": rate},
         "http": {"host": "127.0.0.1", "port": port},
     }
 
@@ -327,6 +328,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=60_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--allowed", type=int, default=RATE, help="events a second that Stripe takes")
+    parser.add_argument("--rate", type=int, default=RATE, help="events a second that stage 2 is configured to send")
     parser.add_argument("--only", choices=("the client", "stage 2"), help="measure this one alone")
     parser.add_argument("--child", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -334,7 +336,9 @@ def main() -> None:
         asyncio.run(client(arguments.child, arguments.events))
         return
     candidates: dict[str, Callable[[LocalKafka], Run]] = {
-        "stage 2": lambda kafka: deliver(kafka, f"deliver-{next(names)}", arguments.events, arguments.allowed)
+        "stage 2": lambda kafka: deliver(
+            kafka, f"deliver-{next(names)}", arguments.events, arguments.allowed, arguments.rate
+        )
     }
     if arguments.allowed >= RATE:
         candidates = {"the client": lambda _: bare(arguments.events)} | candidates
