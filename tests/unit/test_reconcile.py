@@ -546,6 +546,7 @@ def test_what_was_reported_is_said_until_it_has_been_compared(account: Account) 
     assert account.reconcile(given=[], json_=False).stdout.endswith(wanted)
     account.deliver()
     assert "reported" not in account.reconcile(given=[], json_=False).stdout
+    account.stripe.clock.advance(1)  # reports are dated to the second here
     account.deliver(*rejected(account, "evt_2"))
     later(account, 10 * 24)
     assert account.reconcile(given=[], json_=False).stdout.endswith(": look at 2026-11-03 to 2026-11-04 too\n")
