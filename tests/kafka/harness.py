@@ -239,7 +239,7 @@ class Page:
         return {
             (n, tuple(sorted(have.items()))): v
             for n, have, v in self._samples
-            if n in counters and "stripe_requests" not in n and "after_grace" not in n
+            if n in counters and n.startswith("tallyman_") and "stripe_requests" not in n and "after_grace" not in n
         }
 
 

@@ -49,19 +49,21 @@ class Fault:
     put: Callable[[], AbstractContextManager[object]]
     doubtful: bool = False
     """Whether it is looked for in worlds that are about doubts."""
+    features: frozenset[str] | None = None
+    """What happens in the worlds in which it is looked for, where that is not a selection of everything."""
 
 
 FAULTS: list[Fault] = []
 
 
 def fault(
-    name: str, story: str, *, within: int, doubtful: bool = False
+    name: str, story: str, *, within: int, doubtful: bool = False, features: frozenset[str] | None = None
 ) -> Callable[[Callable[[], Iterator[None]]], Callable[[], Any]]:
     """Name one."""
 
     def named(put: Callable[[], Iterator[None]]) -> Callable[[], Any]:
         made = contextmanager(put)
-        FAULTS.append(Fault(name, story, within, made, doubtful))
+        FAULTS.append(Fault(name, story, within, made, doubtful, features))
         return made
 
     return named
@@ -366,6 +368,7 @@ def _appends_alone() -> Iterator[None]:
     "restore drops the tail",
     "A commit that is made while its successor restores is not seen: what it read is read, and billed, again.",
     within=150,
+    features=frozenset({"pause", "bad commits", "rebalance"}),
 )
 def _tail_dropped() -> Iterator[None]:
     with patch.object(SimulatedStore, "unstable", lambda *_: False):

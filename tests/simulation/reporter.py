@@ -96,7 +96,7 @@ class Reporter(Shell):
         self.share()
 
     def turn(self) -> Steps:
-        """Read, commit, and give out what may be sent."""
+        """Read, and commit."""
         if self.mapping != self.world.mapping:
             self.mapping = self.world.mapping
             for delivery in self.deliveries.values():
@@ -104,7 +104,11 @@ class Reporter(Shell):
         for number in self.turns(iter(self.deliveries)):
             self.read(number)
             yield from self.effect()
-        yield from self.commit([number for number, delivery in self.deliveries.items() if delivery.due])
+        if any(delivery.due for delivery in self.deliveries.values()):
+            yield from self.commit(list(self.deliveries))
+
+    def send_on(self) -> None:
+        """Give out what may be sent, beside the loop: that may be reading, committing, or hanging."""
         for number in self.turns(iter(self.deliveries)):
             self.give_out(self.deliveries[number])
 

@@ -12,7 +12,7 @@ def test_a_fault_is_noticed(fault: Fault) -> None:
     with fault.put():
         for seed in range(fault.within):
             try:
-                run(seed, world=World(seed, doubtful=fault.doubtful))
+                run(seed, world=World(seed, doubtful=fault.doubtful, features=fault.features))
             except (AttributeError, NameError, TypeError):
                 raise  # the fault itself is wrong
             except Exception:  # noqa: BLE001 - a violation, or a core that notices by itself

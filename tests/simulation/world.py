@@ -133,6 +133,8 @@ class Worker:
                 del self.loops[stage]
         if not self.loops:
             self.start()
+        elif self.world.calm or self.world.chance(0.5):
+            self.reporter.send_on()
 
     def pause(self) -> None:
         """All of it stands still."""
@@ -169,7 +171,16 @@ class Worker:
 class World:
     """Made from a seed, and by nothing else."""
 
-    def __init__(self, seed: int, *, trace: bool = False, wild: bool = False, doubtful: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        trace: bool = False,
+        wild: bool = False,
+        doubtful: bool = False,
+        features: frozenset[str] | None = None,
+    ) -> None:
+        """``features``: these, and not a selection of all."""
         self.random = random = Random(seed)  # noqa: S311 - it has to repeat itself
         self.seed = seed
         self.wild = wild
@@ -184,6 +195,8 @@ class World:
         self.progress = 0
         self.met: Counter[str] = Counter()
         self.features = {each for each in FEATURES if random.random() < 0.45}
+        if features is not None:
+            self.features = set(features)
         if doubtful:
             self.features = (self.features | DOUBTFUL) - {"away", "refusals", "locked out", "late"}
         self.honest = not self.features & {"wrong clocks", "a year's step"}
