@@ -437,7 +437,9 @@ class Reporter:
         self._observe(attempt, heard, (self._clock.elapsed() - began) / 1000)
         log.debug("answered", identifier=attempt.identifier, key=attempt.key, heard=repr(heard))
         if isinstance(heard, Answer) and heard.status not in {200, 429} and heard.status < 500:
-            log.warning("stripe_refused", identifier=attempt.identifier, status=heard.status, message=heard.message)
+            # Stripe's message names the customer; it is kept with the total.
+            what = {"status": heard.status, "type": heard.type, "code": heard.code}
+            log.warning("stripe_refused", identifier=attempt.identifier, **what)
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._sending.pop(task, None)

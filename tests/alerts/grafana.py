@@ -15,7 +15,7 @@ SCHEMA: Final = 42
 
 _SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH: Final = 24
-_HEIGHTS: Final = {"row": 1, "stat": 4, "timeseries": 8, "table": 8}
+_HEIGHTS: Final = {"row": 1, "stat": 4, "timeseries": 8, "table": 5}
 
 
 @dataclass(frozen=True)

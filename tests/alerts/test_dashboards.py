@@ -10,7 +10,7 @@ import pytest
 
 from tests.alerts.dashboards import ALL, FOLDER
 from tests.alerts.grafana import Dashboard, Panel, dashboard, text
-from tests.alerts.rules import SCRAPED, asked, exposed, labels_of, matchers
+from tests.alerts.rules import ROOT, SCRAPED, asked, exposed, labels_of, matchers
 from tests.alerts.test_alerts import VALUES
 
 PANELS = [pytest.param(part, id=part.title) for each in ALL for part in each.parts if isinstance(part, Panel)]
@@ -45,6 +45,14 @@ def test_grafana_can_import_it_as_it_is(of: Dashboard) -> None:
         places |= covered
     sources = re.findall(r'"uid": "(\$[^"]*)"', json.dumps(panels))
     assert set(sources) == {"${datasource}"}
+
+
+@pytest.mark.parametrize("of", ALL, ids=lambda each: each.uid)
+def test_the_documentation_has_a_picture_of_it_that_is_soon_there(of: Dashboard) -> None:
+    """``python -m tests.alerts.pictures`` makes it."""
+    shown = (ROOT / "docs" / f"{of.uid}.png").read_bytes()
+    assert shown.startswith(b"\x89PNG")
+    assert len(shown) < 300_000
 
 
 @pytest.mark.parametrize("panel", PANELS)

@@ -349,6 +349,20 @@ def test_dead_letters_are_redriven_after_the_configuration_is_mended_and_count_o
     )
 
 
+def test_a_redriven_event_stays_in_its_trace(place: Place) -> None:
+    """Who looks at the request that it came from finds the letter, and whatever becomes of it later."""
+    parent, hop = (f"00-{digit * 32}-{digit * 16}-01" for digit in "ab")
+    place.send(event(1, now(), traceparent=parent, tracestate="shop=1"), headers=[("traceparent", hop.encode())])
+    place.send(event(2, now()), headers=[("traceparent", hop.encode())])
+    place.run_until(place.read_to(2))
+    found = [json.loads(line) for line in place.tallyman("dead-letters", "list", "--json").stdout.splitlines()]
+    traces = {each["id"]: (each["traceparent"], each["tracestate"]) for each in found}
+    assert traces == {"e1": (parent, "shop=1"), "e2": (hop, None)}
+    assert place.tallyman("dead-letters", "redrive", "--yes").exit_code == 0
+    for before, again in zip(place.records()[:2], place.records()[2:], strict=True):
+        assert (again.value(), again.headers()) == (before.value(), before.headers())
+
+
 def test_a_crash_between_producing_and_marking_makes_duplicates_that_do_not_count(place: Place) -> None:
     buried(place)
     place.configure(value="$.m")
