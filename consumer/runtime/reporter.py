@@ -435,7 +435,7 @@ class Reporter:
         now = self._clock.now()
         delivery.answered(attempt, heard, now)
         self._observe(attempt, heard, (self._clock.elapsed() - began) / 1000)
-        log.debug("answered", identifier=attempt.identifier, key=attempt.key, heard=repr(heard))
+        log.debug("answered", identifier=attempt.identifier, key=attempt.key, heard=heard)
         if isinstance(heard, Answer) and heard.status not in {200, 429} and heard.status < 500:
             # Stripe's message names the customer; it is kept with the total.
             what = {"status": heard.status, "type": heard.type, "code": heard.code}
