@@ -30,8 +30,14 @@ MINUTE = 1_790_000_040  # a full minute, in seconds
 @contextmanager
 def demo(folder: Path, *, events: int) -> Iterator[subprocess.Popen[str]]:
     """The demo as a process of its own, with its temporary files in the folder."""
+    # Whoever runs the tests in the background has told Ctrl-C to be ignored, by all that is started from there.
+    interruptible = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; from consumer.sandbox.demo import main; sys.exit(main(events={events}))"],
+        [
+            sys.executable,
+            "-c",
+            f"{interruptible}from consumer.sandbox.demo import main; sys.exit(main(events={events}))",
+        ],
         env=os.environ | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
