@@ -130,7 +130,8 @@ OPERATOR: Final = Dashboard(
         ),
         Panel(
             "What waits to be sent?",
-            "In the totals log, being sent or tried again, behind others of the same customer, and parked.",
+            "In the totals log, being sent or tried again, behind others of the same customer, and parked. What is in "
+            "the log falls below 0 while a process of stage 1 is away.",
             {
                 "in the log": 'sum(tallyman_totals{state="unread", FILTER})',
                 "in flight": "sum(tallyman_in_flight_totals{FILTER})",
@@ -250,7 +251,8 @@ BILLING: Final = Dashboard(
         ),
         Panel(
             "How much has it not been told yet?",
-            "Value in open windows, in the totals log, pending or parked, by meter.",
+            "Value in open windows, in the totals log, pending or parked, by meter. It falls below 0 while a process "
+            "of stage 1 is away.",
             {"{{meter}}": "sum by (meter) (tallyman_undelivered_value{FILTER})"},
         ),
         Panel(
@@ -296,10 +298,10 @@ BILLING: Final = Dashboard(
         ),
         Panel(
             "Which events could not be counted?",
-            "Dead letters in an hour, the ten most frequent reasons.",
+            "Dead letters in an hour, by reason.",
             {
-                "{{reason}}": "topk(10, sum by (reason) ("
-                'increase(tallyman_events_total{outcome="dead_letter", FILTER}[1h])))'
+                "{{reason}}": "sum by (reason) (increase(tallyman_events_total{"
+                'outcome="dead_letter", FILTER}[1h])) > 0 or on () vector(0)'
             },
             stacked=True,
         ),
@@ -324,8 +326,8 @@ BILLING: Final = Dashboard(
         Row("What was corrected, rounded or not billed?"),
         Panel(
             "How many events came late, and were billed as corrections?",
-            "By meter; in an hour.",
-            {"{{meter}}": "sum by (meter) (increase(tallyman_late_events_total{FILTER}[1h])) or on () vector(0)"},
+            "Since the beginning, by meter.",
+            {"{{meter}}": "sum by (meter) (tallyman_late_events_total{FILTER}) or on () vector(0)"},
         ),
         Panel(
             "What is not billed, and why?",
@@ -345,16 +347,20 @@ BILLING: Final = Dashboard(
             "How much came too late for its invoice?",
             "Value delivered later than the grace after its usage; in an hour, by meter.",
             {
-                "{{meter}}": "sum by (meter) (increase(tallyman_totals_after_grace_value_total{FILTER}[1h]))"
-                " or on () vector(0)"
+                "{{meter}}": "sum by (meter) ("
+                "(tallyman_totals_after_grace_value_total{FILTER}"
+                " unless tallyman_totals_after_grace_value_total{FILTER} offset 1h)"
+                " or increase(tallyman_totals_after_grace_value_total{FILTER}[1h])) or on () vector(0)"
             },
         ),
         Panel(
             "How many events did Stripe reject after it had taken them?",
             "In an hour, by its code; see asynchronous errors in docs/delivery.md.",
             {
-                "{{code}}": "sum by (code) (increase(tallyman_stripe_rejected_events_total{FILTER}[1h]))"
-                " or on () vector(0)"
+                "{{code}}": "sum by (code) ("
+                "(tallyman_stripe_rejected_events_total{FILTER}"
+                " unless tallyman_stripe_rejected_events_total{FILTER} offset 1h)"
+                " or increase(tallyman_stripe_rejected_events_total{FILTER}[1h])) or on () vector(0)"
             },
         ),
         Panel(

@@ -15,7 +15,7 @@ from tests.alerts.grafana import Dashboard, Panel, dashboard
 
 Points = list[tuple[float, float]]
 Ask = Callable[[str, bool], list[tuple[dict[str, str], Points]]]
-"""Answers a panel's query: series with their points; only the last ones where the second argument says so."""
+"""Answers a panel's query: series with their points; at this moment alone where the second argument says so."""
 
 
 class Line(NamedTuple):
@@ -92,7 +92,7 @@ def picture(content: str, height: int, to: Path) -> None:
 
 def _lines(panel: Panel, ask: Ask) -> Iterator[Line]:
     for legend, expr in panel.queries.items():
-        for labels, points in sorted(ask(expr, panel.kind == "table"), key=lambda each: sorted(each[0].items())):
+        for labels, points in sorted(ask(expr, panel.kind != "timeseries"), key=lambda each: sorted(each[0].items())):
             if points:
                 name = legend
                 for label, value in labels.items():

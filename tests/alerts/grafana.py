@@ -128,8 +128,8 @@ def _panel(panel: Panel) -> dict[str, Any]:
                 "expr": expr.replace("FILTER", 'job=~"$job", pipeline=~"$pipeline"'),
                 "legendFormat": legend,
                 "format": "table" if panel.kind == "table" else "time_series",
-                "instant": panel.kind == "table",
-                "range": panel.kind != "table",
+                "instant": panel.kind != "timeseries",
+                "range": panel.kind == "timeseries",
             }
             for number, (legend, expr) in enumerate(panel.queries.items())
         ],

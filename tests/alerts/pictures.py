@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from threading import Thread
 from typing import Final
 
 from consumer.sandbox.stripe_server import Instead
@@ -45,7 +46,7 @@ def a_day_in_minutes(on: Bench, services: list[Service]) -> Steps:
     backlog(first.topic, 300)
     usage = Usage(first.topic, customers=150)
     yield from flowing(usage, seconds=100)
-    usage.produce(time=iso(real_now() - 3 * MINUTE), data={"n": 123456789.123456789})
+    usage.produce(time=iso(real_now() - 3 * MINUTE), data={"n": 1234.123456789012})
     usage.broken([event(1, customer=""), b"{", event("many")] * 4)
     yield from flowing(usage, seconds=15, repeat=True)
     on.stripe.down()
@@ -57,7 +58,7 @@ def a_day_in_minutes(on: Bench, services: list[Service]) -> Steps:
     yield from flowing(usage, seconds=20)
     yield from started(first)
     yield from flowing(usage, seconds=40)
-    reconcile(second)
+    Thread(target=reconcile, args=(second,), daemon=True).start()
     yield from flowing(usage)
 
 
@@ -83,10 +84,11 @@ def draw(prometheus: Prometheus, to: Path) -> None:
     """Each dashboard as one picture."""
     note = 'Job "shop", two processes; drawn from the answers of a real Prometheus to the queries of the panels.'
 
-    def ask(expr: str, only_last: bool) -> list[tuple[dict[str, str], Points]]:
+    def ask(expr: str, at_this_moment: bool) -> list[tuple[dict[str, str], Points]]:
         query = expr.replace("FILTER", 'job="shop", pipeline=~".+"').replace("$__rate_interval", "15s")
-        found = prometheus.over_time(query, step=2)
-        return [(labels, points[-1:] if only_last else points) for labels, points in found]
+        if at_this_moment:
+            return [(labels, [(time.time(), value)]) for labels, value in prometheus.now(query)]
+        return prometheus.over_time(query, step=2)
 
     for each in ALL:
         content, height = page(each, ask, note)
