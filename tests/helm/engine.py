@@ -19,6 +19,7 @@ ROOT: Final = Path(__file__).parents[2]
 START_S: Final = 30
 BASE_SUITE: Final = "trixie"
 """The release of Debian that the base is made of, with the same Python."""
+CERTIFICATES: Final = "etc/ssl/certs/ca-certificates.crt"
 BASE_PACKAGES: Final = ("ca-certificates", "python3", "python3-pip", "python3-venv")
 
 
@@ -141,8 +142,9 @@ def _tree() -> Iterator[Path]:
                     raise EngineUnavailableError(f"debootstrap: {(done.stdout + done.stderr)[-1000:]}")
                 (tree / "usr/bin/python").symlink_to("python3")
                 # Whom this host trusts, the build has to trust too: what it installs comes the same way.
-                if trusted := os.environ.get("SSL_CERT_FILE"):
-                    shutil.copyfile(trusted, tree / "etc/ssl/certs/ca-certificates.crt")
+                trusted = Path(os.environ.get("SSL_CERT_FILE") or f"/{CERTIFICATES}")
+                if trusted.exists():
+                    shutil.copyfile(trusted, tree / CERTIFICATES)
                 made = Path(scratch, "tar")
                 left_out = ("--exclude=./var/cache/*", "--exclude=./var/lib/apt/lists/*")
                 subprocess.run(["tar", "-C", str(tree), *left_out, "-cf", str(made), "."], check=True)
