@@ -403,6 +403,16 @@ def test_rules_and_dashboards_go_as_they_are_written(helm: Helm, tmp_path: Path)
     assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
+def test_the_alerts_link_to_where_the_runbook_is_served(helm: Helm) -> None:
+    def links(values: Path) -> set[str]:
+        groups = helm.objects(values).one("PrometheusRule")["spec"]["groups"]
+        rules = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+        return {rule["annotations"]["runbook_url"].partition("#")[0] for rule in rules}
+
+    assert links(SCRAM) == {"docs/runbook.md"}
+    assert links(ALL) == {"https://wiki.example.com/tallyman"}
+
+
 # What is refused
 
 
