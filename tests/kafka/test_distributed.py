@@ -100,7 +100,10 @@ def test_a_process_that_joins_takes_its_share_and_one_that_leaves_gives_it_back(
     until(lambda: owned(second, AGGREGATE) == PARTITIONS, "all of them are the second one's", within=20.0)
     usage.produce()
     usage.until_billed(on, second)
-    assert second.metrics().sum("tallyman_commits_failed_total") == 0
+    failed = second.metrics().by("tallyman_commits_failed_total", "reason")
+    assert {how: count for how, count in failed.items() if count} in ({}, {("refused",): 1}), (
+        "one may be on its way at the moment at which the group changes"
+    )
     second.stop()
 
 

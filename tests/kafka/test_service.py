@@ -439,6 +439,7 @@ def test_a_deactivated_meter_stops_alone_and_goes_on_by_itself_when_it_is_active
         service.clock.pass_time(MINUTE + SECOND)
         asked += 1
         service.until(lambda: on.stripe.model.stats["requests"] == asked, "one total asks")  # noqa: B023 - at once
+        service.until(lambda: in_state(service, "parked", "meter") == 2, "it waits again")
     calls.deactivated_at = None
     service.clock.pass_time(MINUTE + SECOND)
     service.until(lambda: on.billed() == {"cus_a": "6", "cus_b": "7"}, "all is billed")
