@@ -141,10 +141,6 @@ class _Body(msgspec.Struct):
     error: _Error | None = None
 
 
-class _Readable(msgspec.Struct):
-    error: _Error | msgspec.UnsetType = msgspec.UNSET
-
-
 _decoder = msgspec.json.Decoder(_Body)
 
 
@@ -154,16 +150,6 @@ def _read(body: bytes) -> _Body:
         return _decoder.decode(body)
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
         return _Body()
-
-
-def understood(body: bytes) -> bytes:
-    """The body of an answer if it can be Stripe's, else nothing: on many a proxy's words Stripe's client fails."""
-    try:
-        body.decode()
-        msgspec.json.decode(body, type=_Readable)
-    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
-        return b""
-    return body
 
 
 class _Written:

@@ -19,7 +19,7 @@ import stripe
 
 from consumer.aggregate.clock import Reading
 from consumer.runtime.clocks import Clock
-from consumer.runtime.stripe import API_VERSION, WrongMode, understood
+from consumer.runtime.stripe import API_VERSION, WrongMode
 from consumer.totals import SCALE
 
 ATTEMPTS: Final = 5
@@ -289,6 +289,26 @@ class StripeReads:
         self.date = Reading(int(date.timestamp() * 1000), self._clock.elapsed())
 
 
+class _Error(msgspec.Struct):
+    type: str | None = None
+    code: str | None = None
+    message: str | None = None
+
+
+class _Body(msgspec.Struct):
+    error: _Error | msgspec.UnsetType = msgspec.UNSET
+
+
+def _understood(body: bytes) -> bytes:
+    """The body of an answer if it can be Stripe's, else nothing: on many a proxy's words Stripe's client fails."""
+    try:
+        body.decode()
+        msgspec.json.decode(body, type=_Body)
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+        return b""
+    return body
+
+
 class _Connections(stripe.RequestsClient):
     """Requests as Stripe's client makes them, whoever answers."""
 
@@ -296,7 +316,7 @@ class _Connections(stripe.RequestsClient):
         self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None, **more: Any
     ) -> tuple[Any, int, Mapping[str, str]]:
         body, status, answered = super().request(method, url, headers, post_data, **more)
-        return understood(body), status, answered
+        return _understood(body), status, answered
 
 
 @contextmanager
