@@ -33,8 +33,8 @@ from typing import Any, Final, NamedTuple
 
 import aiohttp
 import stripe
-from confluent_kafka import Producer
 
+from benchmarks.running import cpu_of, hidden, until
 from consumer.runtime.stripe import API_VERSION, CONNECTIONS
 from consumer.sandbox.kafka import LocalKafka, free_ports
 from consumer.storage import Stage
@@ -52,7 +52,6 @@ TARGET: Final = 0.5
 """Of a core, at RATE."""
 LOOK_S: Final = 0.25
 PATIENCE_S: Final = 30.0
-TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Run(NamedTuple):
@@ -94,7 +93,7 @@ class StandIn:
 
     def watch(self, events: int, cpu: Callable[[], float], what: str) -> Run:
         """From the first event that it takes until it has taken all of them."""
-        until(lambda: self.stats().get("accepted", 0) > 0, f"{what} sends")
+        until(lambda: self.stats().get("accepted", 0) > 0, f"{what} sends", patience_s=PATIENCE_S)
         before, first, began = cpu(), self.stats().get("accepted", 0), time.perf_counter()
         accepted, deadline = first, began + PATIENCE_S
         while accepted < events:
@@ -169,8 +168,7 @@ class Sender:
 
     def cpu(self) -> float:
         """Seconds that it has used so far: all of its threads, user and system."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        return cpu_of(self._process.pid)
 
     def said(self, what: str) -> bool:
         """Whether it has; raises where it has ended without."""
@@ -193,32 +191,20 @@ def deliver(kafka: LocalKafka, pipeline: str, events: int, allowed: int, rate: i
         file.write_text(json.dumps(config(kafka, pipeline, stripe_.url, rate)))
         sender = Sender(["consumer", "run", "-c", str(file), "--stage", str(Stage.DELIVER)], Path(folder, "log"))
         try:
-            until(lambda: sender.said("started"), "stage 2 has taken all partitions over")
-            with hidden(kafka, pipeline, events) as show:
+            until(lambda: sender.said("started"), "stage 2 has taken all partitions over", patience_s=PATIENCE_S)
+            with hidden(kafka, pipeline, backlog(pipeline, events), patience_s=PATIENCE_S) as show:
                 show()
                 return stripe_.watch(events, sender.cpu, "stage 2")
         finally:
             sender.stop()
 
 
-@contextmanager
-def hidden(kafka: LocalKafka, pipeline: str, events: int) -> Iterator[Callable[[], None]]:
-    """Inside, the totals log holds the backlog, and nobody sees it until the given function is called."""
-    settings = {"transactional.id": pipeline, "transaction.timeout.ms": 900_000, "linger.ms": 50}
-    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 3, **settings})
-    producer.init_transactions(30)
-    producer.begin_transaction()
+def backlog(pipeline: str, events: int) -> Iterator[dict[str, Any]]:
+    """What the totals log is to hold."""
     topic = Topics.of(pipeline).totals
     for total in totals(events, pipeline):
         key = total.customer.encode()
-        while True:
-            try:
-                producer.produce(topic, encode(total), key, partition_of(key, PARTITIONS))
-                break
-            except BufferError:
-                producer.poll(0.1)
-    until(lambda: not (producer.poll(0.1) or len(producer)), "all is produced")
-    yield lambda: producer.commit_transaction(30)
+        yield {"topic": topic, "value": encode(total), "key": key, "partition": partition_of(key, PARTITIONS)}
 
 
 def config(kafka: LocalKafka, pipeline: str, url: str, rate: int) -> dict[str, Any]:
@@ -294,15 +280,6 @@ async def client(url: str, events: int) -> None:
 
 
 # What comes of it
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {PATIENCE_S:.0f} s: {what}")
-        time.sleep(LOOK_S)
 
 
 def report(runs: Mapping[str, list[Run]]) -> None:

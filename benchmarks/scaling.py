@@ -19,17 +19,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.aggregate import CUSTOMERS, WINDOWS, events
+from benchmarks.running import cpu_of, hidden, until
 from consumer.sandbox.kafka import LocalKafka, free_ports
 from consumer.sandbox.traffic import Message
 from consumer.storage import Stage
@@ -37,10 +38,7 @@ from consumer.storage.kafka_topics import Topics
 
 PARTITIONS: Final = 12
 TARGET: Final = 1.25
-LOOK_S: Final = 0.2
-"""How often we look whether it is done, which takes time from those who work."""
 PATIENCE_S: Final = 180.0
-TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Run(NamedTuple):
@@ -77,8 +75,7 @@ class Worker:
 
     def cpu(self) -> float:
         """Seconds that it has used so far: all of its threads, user and system."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        return cpu_of(self._process.pid)
 
     def stop(self) -> None:
         """In good order."""
@@ -90,36 +87,28 @@ def run(kafka: LocalKafka, topic: str, workers: int, messages: Sequence[Message]
     """Count these events with so many processes."""
     cores, settings = sorted(os.sched_getaffinity(0)), config(kafka, topic)
     kafka.create_topic(topic, PARTITIONS, arrival="create_time")
-    with hidden(kafka, topic, messages) as show, tempfile.TemporaryDirectory() as folder, ExitStack() as started:
+    records = (
+        {"topic": topic, "value": m.value, "key": m.key, "partition": m.partition, "timestamp": m.timestamp_ms}
+        for m in messages
+    )
+    with (
+        hidden(kafka, topic, records, patience_s=PATIENCE_S) as show,
+        tempfile.TemporaryDirectory() as folder,
+        ExitStack() as started,
+    ):
         crew = []
         for number in range(workers):
             crew.append(Worker(Path(folder), settings, cores[number]))
             started.callback(crew[-1].stop)
         fair = [PARTITIONS // workers] * workers
-        until(lambda: [each.partitions() for each in crew] == fair, "all partitions are shared out")
+        until(
+            lambda: [each.partitions() for each in crew] == fair, "all partitions are shared out", patience_s=PATIENCE_S
+        )
         before, began = [each.cpu() for each in crew], time.perf_counter()
         show()
         until_committed(kafka, topic, len(messages))
         took = time.perf_counter() - began
         return Run(sum(each.cpu() for each in crew) - sum(before), took)
-
-
-@contextmanager
-def hidden(kafka: LocalKafka, topic: str, messages: Sequence[Message]) -> Iterator[Callable[[], None]]:
-    """Inside, the topic holds these messages, and nobody sees them until the given function is called."""
-    settings = {"transactional.id": topic, "transaction.timeout.ms": 900_000, "compression.type": "zstd"}
-    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 3, "linger.ms": 50, **settings})
-    producer.init_transactions(30)
-    producer.begin_transaction()
-    for each in messages:
-        while True:
-            try:
-                producer.produce(topic, each.value, each.key, each.partition, timestamp=each.timestamp_ms)
-                break
-            except BufferError:
-                producer.poll(0.1)
-    until(lambda: not (producer.poll(0.1) or len(producer)), "all is produced")
-    yield lambda: producer.commit_transaction(30)
 
 
 def config(kafka: LocalKafka, topic: str) -> dict[str, Any]:
@@ -152,18 +141,10 @@ def until_committed(kafka: LocalKafka, topic: str, number: int) -> None:
         until(
             lambda: sum(max(0, each.offset) for each in consumer.committed(partitions, timeout=30)) >= number,
             f"{number} events are committed",
+            patience_s=PATIENCE_S,
         )
     finally:
         consumer.close()
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {PATIENCE_S:.0f} s: {what}")
-        time.sleep(LOOK_S)
 
 
 def report(runs: dict[int, list[Run]], number: int) -> None:
