@@ -64,6 +64,40 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     structlog.reset_defaults()
 
 
+class StageTwo:
+    """One life of stage 2 on a store, at a time that stands still."""
+
+    def __init__(self, store: SqliteStore, known: dict[str, str | None], now: int, *, shadow: bool = False) -> None:
+        self._store, self._now = store, now
+        self._delivery = Delivery(
+            customers=Names(known), in_flight=1000, parked_limit=1000, outlet=Outlet(1000), shadow=shadow
+        )
+        restored = store.restore(Stage.DELIVER, 0)
+        self._offset = restored.offset if restored else 1
+        self._delivery.restore(self._offset, restored.entries if restored else (), now)
+
+    def work(self, answer: Callable[[Attempt], Heard]) -> None:
+        """Read what is new in the log, and go on until nothing is left to do."""
+        delivery, now = self._delivery, self._now
+        for each in self._store.read(Log.TOTALS, self._offset - 1, 100_000):
+            delivery.read(each.offset, log_of_totals.decode(each.value), now)
+            self._offset = each.offset + 1
+        while True:
+            self._commit()
+            while (attempt := delivery.next(now)) is not None:
+                if delivery.may_send(attempt, now):
+                    delivery.answered(attempt, answer(attempt), now)
+            wake = delivery.wake(now)
+            if not delivery.due and (wake is None or wake > now):
+                break
+        self._commit()
+
+    def _commit(self) -> None:
+        if (changes := self._delivery.commit(self._now)) is not None:
+            self._store.commit(Stage.DELIVER, {0: changes})
+            self._delivery.committed()
+
+
 class Place:
     """A configuration and its store, and stage 2 at work on it with answers that a test gives."""
 
@@ -96,27 +130,7 @@ class Place:
     ) -> None:
         """Stage 2 until it has nothing left to do at this time."""
         with self.store() as store:
-            restored = store.restore(Stage.DELIVER, 0)
-            delivery = Delivery(
-                customers=Names(known), in_flight=1000, parked_limit=1000, outlet=Outlet(1000), shadow=shadow
-            )
-            offset = restored.offset if restored else 1
-            delivery.restore(offset, restored.entries if restored else (), now)
-            for each in store.read(Log.TOTALS, offset - 1, 100_000):
-                delivery.read(each.offset, log_of_totals.decode(each.value), now)
-            while True:
-                if (changes := delivery.commit(now)) is not None:
-                    store.commit(Stage.DELIVER, {0: changes})
-                    delivery.committed()
-                while (attempt := delivery.next(now)) is not None:
-                    if delivery.may_send(attempt, now):
-                        delivery.answered(attempt, answer(attempt), now)
-                wake = delivery.wake(now)
-                if not delivery.due and (wake is None or wake > now):
-                    break
-            if (changes := delivery.commit(now)) is not None:
-                store.commit(Stage.DELIVER, {0: changes})
-                delivery.committed()
+            StageTwo(store, known, now, shadow=shadow).work(answer)
 
     def commands(self) -> list[Command]:
         """What operators have decided, as the log has it."""
@@ -590,10 +604,12 @@ def running(place: Place, known: dict[str, str | None]) -> Iterator[None]:
     stop, holds = Event(), Event()
 
     def serve() -> None:
-        with locked(place.path):
+        with locked(place.path), place.store() as store:
+            stage_two = StageTwo(store, known, NOW)
+            stage_two.work(heard)
             holds.set()
             while not stop.wait(0.05):
-                place.deliver(heard, known=known)
+                stage_two.work(heard)
 
     thread = Thread(target=serve)
     thread.start()
