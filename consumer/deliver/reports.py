@@ -1,6 +1,5 @@
 """What Stripe reports of events that it took and rejected later, and what the last comparison with its sums found."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -27,8 +26,6 @@ class Reports:
         self._keep = keep
         self._kept: dict[str, Noted] = {}
         self._looked_at = 0
-        self.errors: Counter[str] = Counter()
-        """Events that were reported in this life, by Stripe's code."""
 
     @property
     def comparison(self) -> Comparison | None:
@@ -57,8 +54,6 @@ class Reports:
         elif before is not None:
             return None
         self._kept[key] = noted
-        if isinstance(noted, Report):
-            self.errors.update(noted.errors)
         return key, encode(noted)
 
     def _newest(self, noted: Comparison) -> Comparison:
