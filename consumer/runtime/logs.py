@@ -18,8 +18,6 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from consumer import credentials
 
-LEVELS: Final = ("debug", "info", "warning", "error")
-
 AGAIN_S: Final = 60.0
 REMEMBERED: Final = 200
 """Lines of Kafka's client."""

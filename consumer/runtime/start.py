@@ -32,21 +32,18 @@ class Found:
 
 
 def first_start(pipeline: str, bill_from: int | None, found: Found, now: int, *, place: str) -> int:
-    """Judge a start without any state. Returns from when to bill, in milliseconds; ``place`` is where "
-    "state should be."""
+    """Judge a start without any state; ``place`` is where one would be. Returns from when to bill, in milliseconds."""
     if found.committed:
         raise StartRefused(
-            f"{place} holds no state, but the consumer group {found.group} has read {found.topic.name} "
-            "before: the state "
-            "was lost, or this is the wrong place. Starting anew would bill again what has been billed. Bring it "
-            "back from a backup; if it is gone for good, `tallyman reset --bill-from T` starts over with "
-            "events from T on."
+            f"{place} holds no state, but the consumer group {found.group} has read {found.topic.name} before: the "
+            "state was lost, or this is the wrong place. Starting anew would bill again what has been billed. Bring it "
+            "back from a backup; if it is gone for good, `tallyman reset --bill-from T` starts over with events from T "
+            "on."
         )
     if bill_from is None:
         raise StartRefused(
-            f"the pipeline {pipeline} has not run before: set bill_from in the configuration to the time "
-            "from which events "
-            f"are to be billed, for instance bill_from: {shown(now)}. Events before it are ignored."
+            f"the pipeline {pipeline} has not run before: set bill_from in the configuration to the time from which "
+            f"events are to be billed, for instance bill_from: {shown(now)}. Events before it are ignored."
         )
     oldest = now - int(LONGEST_BACK.total_seconds() * 1000)
     if bill_from < oldest:
@@ -69,15 +66,13 @@ def next_start(
     ):
         if recorded != now:
             raise StartRefused(
-                f"{place} belongs to the {what} {recorded}, and this is {now}. Offsets and identifiers of "
-                "one mean nothing "
-                f"in the other. Correct the configuration; {anew}"
+                f"{place} belongs to the {what} {recorded}, and this is {now}. Offsets and identifiers of one mean "
+                f"nothing in the other. Correct the configuration; {anew}"
             )
     if bill_from is not None and bill_from != state.bill_from:
         raise StartRefused(
-            f"bill_from is {shown(bill_from)}, but the pipeline started with {shown(state.bill_from)}: it "
-            "is fixed from the "
-            f"first start on. Set it back; {anew}"
+            f"bill_from is {shown(bill_from)}, but the pipeline started with {shown(state.bill_from)}: it is fixed "
+            f"from the first start on. Set it back; {anew}"
         )
     if found.topic.partitions < state.partitions:
         raise StartRefused(
@@ -116,16 +111,14 @@ def check_within(found: Found, partition: int, offset: int) -> None:
     anew = "`tallyman reset --bill-from T` gives them up and starts over with events from T on."
     if offset < beginning:
         raise StartRefused(
-            f"partition {partition} of {found.topic.name} was to be read from {offset} on, but retention "
-            "has deleted what "
-            f"is before {beginning}: {beginning - offset} records are gone unread. Bring them back from a "
-            f"backup; {anew}"
+            f"partition {partition} of {found.topic.name} was to be read from {offset} on, but retention has deleted "
+            f"what is before {beginning}: {beginning - offset} records are gone unread. Bring them back from a backup; "
+            f"{anew}"
         )
     if offset > end:
         raise StartRefused(
-            f"partition {partition} of {found.topic.name} was to be read from {offset} on, but ends at "
-            f"{end}: the log has "
-            f"lost records that were counted (an unclean election?). Find out what happened before going on; {anew}"
+            f"partition {partition} of {found.topic.name} was to be read from {offset} on, but ends at {end}: the log "
+            f"has lost records that were counted (an unclean election?). Find out what happened before going on; {anew}"
         )
 
 
