@@ -45,7 +45,7 @@ from consumer.runtime.redrive import RedriveRefused
 from consumer.runtime.setup import SetupRefused
 from consumer.runtime.source import SourceError
 from consumer.runtime.start import StartRefused, shown
-from consumer.runtime.stripe import WrongMode
+from consumer.runtime.stripe import WrongMode, WrongProxy
 from consumer.runtime.stripe_reads import ReadFailed
 from consumer.storage import Stage, StorageError
 
@@ -63,6 +63,7 @@ WRONG: Final = (
     resetting.ResetRefused,
     SetupRefused,
     ReconcileRefused,
+    WrongProxy,
 )
 """What the user has to change before it can work: exit code 2."""
 

@@ -1,10 +1,12 @@
 """Stripe, as stage 2 asks it: one Meter Event a call, no retries, and what a call without an answer proves."""
 
+import ssl
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
 from typing import Final
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -25,8 +27,35 @@ TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=4, sock_connect=3)
 """Seconds. Connecting has less than the whole, so that an expiry tells which of the two it was."""
 
 
+_HERE: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
 class WrongMode(Exception):
     """Stripe answered in another mode than the configuration states: live totals in a sandbox, or worse."""
+
+
+class WrongProxy(Exception):
+    """The environment names a proxy that Stripe cannot be reached through; the message says which to name."""
+
+
+def proxy_to(url: str) -> str | None:
+    """The proxy that the environment names for this address: HTTPS_PROXY unless NO_PROXY has the host.
+
+    What is served on this machine is asked without one, whatever NO_PROXY says. Raises ``WrongProxy``.
+    """
+    to = urlsplit(url)
+    proxies = getproxies()
+    named = proxies.get(to.scheme) or proxies.get("all")
+    if not named or to.hostname in _HERE or proxy_bypass(to.netloc):
+        return None
+    proxy = urlsplit(named if "://" in named else f"http://{named}")
+    if proxy.scheme not in {"http", "https"} or not proxy.hostname:
+        # Its password is not to be seen.
+        raise WrongProxy(
+            f"{to.scheme.upper()}_PROXY names a proxy of the kind {proxy.scheme}, and Stripe is reached through HTTP "
+            "proxies only: give it as http://host:port, or set NO_PROXY"
+        )
+    return proxy.geturl()
 
 
 class Stripe:
@@ -46,7 +75,8 @@ class Stripe:
             "User-Agent": f"tallyman/{__version__}",
         }
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=ssl.create_default_context()),
+            proxy=proxy_to(api_base),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=TIMEOUT,
             trace_configs=[_tracing_writes()],

@@ -5,6 +5,7 @@ consistent", nothing is promised, and minutes of lag have been seen.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import stripe
 
 from consumer.aggregate.clock import Reading
 from consumer.runtime.clocks import Clock
-from consumer.runtime.stripe import API_VERSION, WrongMode
+from consumer.runtime.stripe import API_VERSION, WrongMode, proxy_to
 from consumer.totals import SCALE
 
 ATTEMPTS: Final = 5
@@ -132,7 +133,10 @@ class StripeReads:
         """``budget``: calls at most, repetitions included; None is as many as it takes. ``attempts``: of one read.
         ``pause`` waits for seconds."""
         stripe.enable_telemetry = False
-        self._connections = _Connections(timeout=TIMEOUT)
+        # Stripe's client knows its own authorities only; a proxy that looks into TLS has another one.
+        stripe.ca_bundle_path = os.environ.get("SSL_CERT_FILE", stripe.ca_bundle_path)
+        proxy = proxy_to(api_base) or ""  # empty is none, whatever the environment says
+        self._connections = _Connections(timeout=TIMEOUT, proxy={"http": proxy, "https": proxy})
         self._client = stripe.StripeClient(
             key,
             stripe_version=API_VERSION,
@@ -345,7 +349,12 @@ def _failure(what: str, failed: stripe.StripeError, attempts: int) -> ReadFailed
     code = getattr(failed.error, "code", None)
     times = "once" if attempts == 1 else f"{attempts} times"
     if status is None:
-        return Silent(f"Stripe does not answer ({what}, asked {times}): try again later")
+        untrusted = type(failed.__cause__).__name__ == "SSLError"
+        return Silent(
+            f"{what}: the certificate is not trusted: where a proxy looks into TLS, name its authority in SSL_CERT_FILE"
+            if untrusted
+            else f"Stripe does not answer ({what}, asked {times}): try again later"
+        )
     if 200 <= status < 400:
         return _not_stripes(what)
     if _passing(failed):

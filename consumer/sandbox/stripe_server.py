@@ -15,6 +15,7 @@ import asyncio
 import random
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -168,6 +169,7 @@ class StripeStandIn:
         faults: Faults | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        tls: ssl.SSLContext | None = None,
         webhook: Destination | None = None,
         **options: Any,
     ) -> None:
@@ -177,7 +179,7 @@ class StripeStandIn:
         self.notifications = Notifications(self.model.reports, self.clock)
         self._webhook = webhook
         self._notifying: asyncio.Task[None] | None = None
-        self._host, self._port = host, port
+        self._host, self._port, self._tls = host, port, tls
         self._http: web.Server | None = None
         self._listening: asyncio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -188,7 +190,7 @@ class StripeStandIn:
     @property
     def url(self) -> str:
         """The base address for clients."""
-        return f"http://{self._host}:{self._port}"
+        return f"{'https' if self._tls else 'http'}://{self._host}:{self._port}"
 
     # In the running event loop
 
@@ -216,7 +218,7 @@ class StripeStandIn:
             listener = socket.create_server((self._host, self._port), backlog=1024)
             self._port = listener.getsockname()[1]
             loop = asyncio.get_running_loop()
-            self._listening = await loop.create_server(self._http, sock=listener)
+            self._listening = await loop.create_server(self._http, sock=listener, ssl=self._tls)
 
     async def close(self) -> None:
         """Refuse connections and break those that exist; the state stays."""
