@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
 
@@ -15,7 +14,6 @@ from confluent_kafka import Producer
 from typer.testing import CliRunner
 
 from consumer.cli import app
-from consumer.sandbox.kafka import Kafka
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import StripeStandIn
 from consumer.sandbox.stripe_wire import read_call
@@ -27,7 +25,6 @@ from tests.kafka.harness import (
     Bench,
     Service,
     Topic,
-    bench,
     event,
     iso,
     producing,
@@ -39,12 +36,6 @@ pytestmark = pytest.mark.kafka
 CUSTOMERS: Final = ("cus_a", "cus_b", "cus_c")
 T: Final = real_now() // HOUR * HOUR - 4 * HOUR
 """The cut-over: a full hour."""
-
-
-@pytest.fixture
-def on(kafka: Kafka, tmp_path: Path) -> Iterator[Bench]:
-    with bench(kafka, tmp_path) as made:
-        yield made
 
 
 class Used(NamedTuple):

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from confluent_kafka.cimpl import NewPartitions
 
-from consumer.sandbox.kafka import Kafka
 from consumer.storage import Stage
-from tests.kafka.harness import DAY, MINUTE, Bench, Service, Topic, bench, iso, past_events, real_now, until
+from tests.kafka.harness import DAY, MINUTE, Bench, Service, Topic, iso, past_events, real_now, until
 
 pytestmark = pytest.mark.kafka
 
 BEGIN = iso(real_now() - 30 * DAY)
 PARTITIONS = 4
 AGGREGATE, DELIVER = str(Stage.AGGREGATE), str(Stage.DELIVER)
-
-
-@pytest.fixture
-def on(kafka: Kafka, tmp_path: Path) -> Iterator[Bench]:
-    with bench(kafka, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import repeat
-from pathlib import Path
 
 import pytest
 
-from consumer.sandbox.kafka import Kafka
 from consumer.sandbox.stripe_server import Fault
-from tests.kafka.harness import HOUR, METER, MINUTE, Bench, Topic, bench, event, real_now
+from tests.kafka.harness import HOUR, METER, MINUTE, Bench, Topic, event, real_now
 
 pytestmark = pytest.mark.kafka
 
@@ -18,12 +15,6 @@ MINUTES = 6
 GOOD = [f"cus_good{number}" for number in range(30)]
 GONE = "gone"
 """The event name of a meter that Stripe does not have."""
-
-
-@pytest.fixture
-def on(kafka: Kafka, tmp_path: Path) -> Iterator[Bench]:
-    with bench(kafka, tmp_path) as made:
-        yield made
 
 
 def test_nobody_waits_for_a_bad_customer_a_bad_meter_or_a_poisonous_total(on: Bench) -> None:

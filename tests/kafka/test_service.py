@@ -6,7 +6,6 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from confluent_kafka import Producer
 from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.admin._resource import ResourceType
 
-from consumer.sandbox.kafka import Kafka, LocalKafka
+from consumer.sandbox.kafka import LocalKafka
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import Fault
 from consumer.storage import Append, Log
@@ -39,12 +38,6 @@ from tests.kafka.harness import (
 )
 
 pytestmark = pytest.mark.kafka
-
-
-@pytest.fixture
-def on(kafka: Kafka, tmp_path: Path) -> Iterator[Bench]:
-    with bench(kafka, tmp_path) as made:
-        yield made
 
 
 def past_topic(on: Bench, partitions: int = 1) -> Topic:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, TopicPartition
@@ -13,7 +11,6 @@ from confluent_kafka.cimpl import NewPartitions
 
 from consumer.config import load
 from consumer.runtime import embedded, service
-from consumer.sandbox.kafka import Kafka
 from consumer.storage import Changes, Facts, Stage, StorageError
 from consumer.storage.sqlite import SqliteStore
 from tests.kafka.harness import (
@@ -24,7 +21,6 @@ from tests.kafka.harness import (
     Bench,
     Service,
     Topic,
-    bench,
     event,
     iso,
     past_events,
@@ -33,12 +29,6 @@ from tests.kafka.harness import (
 )
 
 pytestmark = pytest.mark.kafka
-
-
-@pytest.fixture
-def on(kafka: Kafka, tmp_path: Path) -> Iterator[Bench]:
-    with bench(kafka, tmp_path) as made:
-        yield made
 
 
 def has_run(service: Service, *, until_records: int) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_EVEN, Decimal
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final, NamedTuple
 
@@ -29,10 +28,9 @@ from consumer.cli.options import opened_store
 from consumer.config import load, schema
 from consumer.config_values import Duration
 from consumer.deliver.entries import Outcome, decode_outcome
-from consumer.sandbox.kafka import Kafka
 from consumer.storage import Log
 from consumer.totals import Total
-from tests.kafka.harness import DAY, HOUR, MINUTE, SECOND, Bench, Service, Topic, bench, iso, real_now, until
+from tests.kafka.harness import DAY, HOUR, MINUTE, SECOND, Bench, Service, Topic, iso, real_now, until
 from tests.kafka.test_distributed import owned, until_shared
 
 pytestmark = pytest.mark.kafka
@@ -414,12 +412,6 @@ _editions: dict[str, str] = {}
 
 
 # The stories
-
-
-@pytest.fixture
-def on(kafka: Kafka, tmp_path: Path) -> Iterator[Bench]:
-    with bench(kafka, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

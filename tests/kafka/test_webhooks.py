@@ -6,8 +6,6 @@ import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -17,12 +15,12 @@ from consumer.cli import app
 from consumer.config import load
 from consumer.deliver.entries import decode_outcome
 from consumer.runtime import archive
-from consumer.sandbox.kafka import Kafka, free_ports
+from consumer.sandbox.kafka import free_ports
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_notifications import Destination, signature, thin
 from consumer.sandbox.stripe_server import Fault
 from consumer.storage import Log
-from tests.kafka.harness import DAY, MINUTE, Bench, Service, Topic, bench, iso, past_events, real_now, until
+from tests.kafka.harness import DAY, MINUTE, Bench, Service, Topic, iso, past_events, real_now, until
 
 pytestmark = pytest.mark.kafka
 
@@ -34,10 +32,9 @@ CODE: Final = "meter_event_customer_not_found"
 
 
 @pytest.fixture
-def on(kafka: Kafka, tmp_path: Path) -> Iterator[Bench]:
-    with bench(kafka, tmp_path) as made:
-        made.stripe.model.lag = LAG_S
-        yield made
+def on(on: Bench) -> Bench:
+    on.stripe.model.lag = LAG_S
+    return on
 
 
 @pytest.fixture(params=["sqlite", "kafka"])
