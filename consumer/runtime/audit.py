@@ -54,8 +54,8 @@ class DecisionRefused(Exception):
     """A decision about parked totals that cannot be carried out; the message says why and what to do instead."""
 
 
-class Line(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One total and where it stands; as JSON, a line of `tallyman totals --json`."""
+class Particulars(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is said of a total wherever one is shown."""
 
     identifier: str
     state: Standing
@@ -68,9 +68,15 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
     value: str
     events: int
     timestamp: int
+    """Seconds since the epoch."""
     event_name: str
     billed: str | None = None
     """What Stripe was told, where it was."""
+
+
+class Line(Particulars, frozen=True, omit_defaults=True):
+    """One total and where it stands; as JSON, a line of `tallyman totals --json`."""
+
     billed_as: str | None = None
     """Under which identifier, where it was not its own: it had been in doubt, and was released."""
     stripe_customer: str | None = None
@@ -190,50 +196,34 @@ def _unfinished(restored: Restored | None) -> Iterator[Entry]:
 
 def line_of(each: Outcome | Entry | Total) -> Line:
     """Where a total stands."""
+    outcome = each if isinstance(each, Outcome) else None
+    entry = each if isinstance(each, Entry) else None
+    of = each.total if isinstance(each, Entry) else each
+    return Line(
+        identifier=of.identifier,
+        state=_standing(each),
+        meter=of.meter,
+        customer=of.customer,
+        window_start=of.window_start,
+        window=of.window,
+        revision=of.revision,
+        value=of.value,
+        events=of.events,
+        timestamp=of.timestamp,
+        event_name=of.event_name if isinstance(of, Outcome) else of.stripe.event_name,
+        billed=outcome.billed if outcome and outcome.how in BILLED else None,
+        billed_as=outcome.billed_as if outcome else None,
+        stripe_customer=outcome.stripe_customer if outcome else entry.customer if entry else None,
+        at=outcome.at if outcome else None,
+        by=outcome.by if outcome else None,
+        reason=outcome.reason if outcome else entry.reason if entry else None,
+    )
+
+
+def _standing(each: Outcome | Entry | Total) -> Standing:
     if isinstance(each, Outcome):
-        return _finished(each)
-    return _line(each) if isinstance(each, Total) else _line(each.total, each)
-
-
-def _finished(outcome: Outcome) -> Line:
-    billed = outcome.how in BILLED
-    return Line(
-        identifier=outcome.identifier,
-        state=Standing("delivered" if outcome.how == "duplicate" else outcome.how),
-        meter=outcome.meter,
-        customer=outcome.customer,
-        window_start=outcome.window_start,
-        window=outcome.window,
-        revision=outcome.revision,
-        value=outcome.value,
-        events=outcome.events,
-        timestamp=outcome.timestamp,
-        event_name=outcome.event_name,
-        billed=outcome.billed if billed else None,
-        billed_as=outcome.billed_as,
-        stripe_customer=outcome.stripe_customer,
-        at=outcome.at,
-        by=outcome.by,
-        reason=outcome.reason,
-    )
-
-
-def _line(total: Total, entry: Entry | None = None) -> Line:
-    return Line(
-        identifier=total.identifier,
-        state=Standing.PARKED if entry and entry.state is State.PARKED else Standing.PENDING,
-        meter=total.meter,
-        customer=total.customer,
-        window_start=total.window_start,
-        window=total.window,
-        revision=total.revision,
-        value=total.value,
-        events=total.events,
-        timestamp=total.timestamp,
-        event_name=total.stripe.event_name,
-        stripe_customer=entry.customer if entry else None,
-        reason=entry.reason if entry else None,
-    )
+        return Standing("delivered" if each.how == "duplicate" else each.how)
+    return Standing.PARKED if isinstance(each, Entry) and each.state is State.PARKED else Standing.PENDING
 
 
 # What is parked
@@ -319,7 +309,7 @@ def follow(
         for each in store.logged(Log.OUTCOMES, read):
             read[each.partition] = each.offset + 1
             if (identifier := each.key.decode()) in decided:
-                finished[identifier] = _finished(decode_outcome(each.value))
+                finished[identifier] = line_of(decode_outcome(each.value))
         left = {name: place for name, place in decided.items() if name not in finished}
         applied = _applied(store, left) if left else {}
         settled = len(applied) == len(left) and all(line.state is Standing.PARKED for line in applied.values())
@@ -339,5 +329,5 @@ def _applied(store: Archive, decided: Mapping[str, Place]) -> dict[str, Line]:
                 continue
             # A decision may be applied before what lies before it is read; then the total is not parked any more.
             if restored.offset > place.offset or entry.state is not State.PARKED:
-                applied[entry.total.identifier] = _line(entry.total, entry)
+                applied[entry.total.identifier] = line_of(entry)
     return applied

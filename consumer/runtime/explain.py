@@ -8,7 +8,7 @@ import msgspec
 
 from consumer import totals
 from consumer.deliver.entries import BILLED, LONGEST, Decision, Entry, Outcome, identifier_of
-from consumer.runtime.audit import Standing, everything, line_of, unread
+from consumer.runtime.audit import Particulars, Standing, everything, line_of, unread
 from consumer.storage import Archive, Log, Logged
 from consumer.totals import Command, Total
 
@@ -45,24 +45,11 @@ class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
     """What Stripe had said."""
 
 
-class Story(msgspec.Struct, frozen=True, omit_defaults=True):
+class Story(Particulars, frozen=True, omit_defaults=True, kw_only=True):
     """All that is kept of one total."""
 
-    identifier: str
-    state: Standing
     pipeline: str
-    meter: str
     edition: str
-    customer: str
-    event_name: str
-    window_start: int
-    """Seconds since the epoch."""
-    window: str
-    revision: int
-    value: str
-    events: int
-    timestamp: int
-    """Seconds since the epoch."""
     partition: int
     """Of the source topic."""
     generations: list[Generation]
@@ -71,7 +58,7 @@ class Story(msgspec.Struct, frozen=True, omit_defaults=True):
     """None where the record in the totals log is not kept any more."""
     last_offset: int | None = None
     due: int | None = None
-    billed: str | None = None
+    """Milliseconds since the epoch, like all times below."""
     rounded: str | None = None
     finished_at: int | None = None
     key: str | None = None
@@ -140,26 +127,15 @@ def _told(found: Outcome | Entry | Total, logged: Total | None, commands: list[D
     else:
         of = total = found.total if isinstance(found, Entry) else found
     return Story(
-        identifier=line.identifier,
-        state=line.state,
+        **{name: getattr(line, name) for name in Particulars.__struct_fields__},
         pipeline=of.pipeline,
-        meter=line.meter,
         edition=of.edition,
-        customer=line.customer,
-        event_name=line.event_name,
-        window_start=line.window_start,
-        window=line.window,
-        revision=line.revision,
-        value=line.value,
-        events=line.events,
-        timestamp=line.timestamp,
         partition=of.partition,
         generations=list(_generations(found, decisions)),
         decisions=_decided(decisions, commands),
         first_offset=total.first_offset if total else None,
         last_offset=total.last_offset if total else None,
         due=total.due if total else None,
-        billed=line.billed,
         rounded=outcome.rounded if outcome and outcome.how in BILLED else None,
         finished_at=line.at,
         key=outcome.key if outcome else entry.key if entry and entry.attempts else None,
