@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,17 @@ from pathlib import Path
 
 class GoUnavailableError(Exception):
     """A program cannot be built here; the message says why."""
+
+
+def sources(module: str, version: str) -> Path:
+    """The folder that has the files of this version of the module; raises ``GoUnavailableError``."""
+    go = _go(module)
+    done = subprocess.run(
+        [go, "mod", "download", "-json", f"{module}@{version}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise GoUnavailableError(f"go mod download {module}@{version}: {(done.stdout + done.stderr)[-2000:]}")
+    return Path(json.loads(done.stdout)["Dir"])
 
 
 def program(package: str, version: str) -> Path:
@@ -28,9 +40,7 @@ def program(package: str, version: str) -> Path:
 
 
 def _build(package: str, folder: Path) -> None:
-    go = shutil.which("go")
-    if go is None:
-        raise GoUnavailableError(f"{package} needs the command go, once, to be built")
+    go = _go(package)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-building-", dir=folder.parent) as scratch:
         built = Path(scratch, "bin")
         done = subprocess.run(
@@ -44,3 +54,10 @@ def _build(package: str, folder: Path) -> None:
             raise GoUnavailableError(f"go install {package}: {done.stderr[-2000:]}")
         # The rename is what makes it all or nothing: an interrupted build leaves no folder of this name.
         built.rename(folder)
+
+
+def _go(what: str) -> str:
+    go = shutil.which("go")
+    if go is None:
+        raise GoUnavailableError(f"{what} needs the command go, once")
+    return go

@@ -101,7 +101,7 @@ def helm() -> Helm:
 def validated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Helm, Path], str]:
     """Renders for a version of Kubernetes; returns what kubeconform says of each manifest that is not valid there."""
     kubeconform = _or_skip(lambda: program("github.com/yannh/kubeconform/cmd/kubeconform", "v0.8.0"))
-    operators = _or_skip(manifests.operators)
+    operators = _or_skip(lambda: manifests.operators(tmp_path_factory.mktemp("operators")))
     kubernetes = manifests.kubernetes(request.param, tmp_path_factory.mktemp("kubernetes"))
 
     def validate(helm: Helm, values: Path) -> str:

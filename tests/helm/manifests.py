@@ -1,29 +1,55 @@
 """What Kubernetes and the operators say of manifests: their schemas, in the form in which kubeconform reads them.
 
-Kubernetes's own come with the package kubernetes-validate. Those of the operators' resources are made of the operators'
-Go types, by the generator that the operators make them with; `operators/go.mod` has the versions.
+Kubernetes's own come with the package kubernetes-validate. Those of the operators' resources are the CRDs that a
+cluster gets: they are among the files of the operators' Go modules, of which nothing has to be built.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import re
-import shutil
-import subprocess
-import tempfile
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
-from tests.go import GoUnavailableError
+from tests.go import sources
 
-_OPERATORS: Final = Path(__file__).with_name("operators")
-_GENERATOR: Final = "sigs.k8s.io/controller-tools/cmd/controller-gen"
 _DEFINITIONS: Final = "/api/_definitions.json#"
+
+
+@dataclass(frozen=True)
+class _Operator:
+    module: str
+    version: str
+    crds: str
+    """Where in the module a resource's CRD is, by the resource's name in the plural."""
+    resources: tuple[str, ...]
+    """Those that the chart makes."""
+
+
+_OPERATORS: Final = (
+    _Operator(
+        "github.com/prometheus-operator/prometheus-operator",
+        "v0.85.0",
+        "example/prometheus-operator-crd/monitoring.coreos.com_{}.yaml",
+        ("podmonitors", "prometheusrules"),
+    ),
+    _Operator(
+        "github.com/kedacore/keda/v2",
+        "v2.18.0",
+        "config/crd/bases/keda.sh_{}.yaml",
+        ("scaledobjects", "triggerauthentications"),
+    ),
+    _Operator(
+        "github.com/external-secrets/external-secrets",
+        "v0.18.2",
+        "config/crds/bases/external-secrets.io_{}.yaml",
+        ("externalsecrets",),
+    ),
+)
 
 
 def kubernetes(version: str, folder: Path) -> str:
@@ -57,47 +83,19 @@ def _within(schema: Any) -> Any:
     return json.loads(json.dumps(schema).replace(_DEFINITIONS, "#"))
 
 
-def operators() -> str:
-    """The same for the resources of the operators, made once per user; raises ``GoUnavailableError``."""
-    pinned = b"".join((_OPERATORS / name).read_bytes() for name in ("go.mod", "go.sum", "kinds.go"))
-    cache = Path.home() / ".cache" / "tallyman"
-    made = cache / f"operators-{hashlib.sha256(pinned + Path(__file__).read_bytes()).hexdigest()[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{made.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            _generate(made)
-    return f"{made}/{{{{.Group}}}}/{{{{.ResourceKind}}}}-{{{{.ResourceAPIVersion}}}}.json"
-
-
-def _generate(made: Path) -> None:
-    go = shutil.which("go")
-    if go is None:
-        raise GoUnavailableError("the schemas of the operators' resources need the command go, once, to be made")
-    types = re.findall(r'_ "(.+/apis/.+)"', (_OPERATORS / "kinds.go").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(prefix=f"{made.name}-making-", dir=made.parent) as scratch:
-        crds, schemas = Path(scratch, "crds"), Path(scratch, "schemas")
-        done = subprocess.run(
-            [
-                *(go, "run", _GENERATOR, "crd:allowDangerousTypes=true", f"output:crd:dir={crds}"),
-                *(f"paths={each}" for each in types),
-            ],
-            cwd=_OPERATORS,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise GoUnavailableError(f"go run {_GENERATOR}: {done.stderr[-2000:]}")
-        for file in crds.iterdir():
-            crd = yaml.safe_load(file.read_text(encoding="utf-8"))["spec"]
-            folder = schemas / crd["group"]
-            folder.mkdir(parents=True, exist_ok=True)
-            for version in crd["versions"]:
-                schema = _strict(version["schema"]["openAPIV3Schema"])
-                kind = f"{crd['names']['kind'].lower()}-{version['name']}.json"
-                (folder / kind).write_text(json.dumps(schema), encoding="utf-8")
-        schemas.rename(made)
+def operators(folder: Path) -> str:
+    """The same for the resources of the operators; raises ``GoUnavailableError``."""
+    for operator in _OPERATORS:
+        files = sources(operator.module, operator.version)
+        for name in operator.resources:
+            file = files / operator.crds.format(name)
+            crd = yaml.load(file.read_text(encoding="utf-8"), yaml.CSafeLoader)["spec"]
+            (folder / crd["group"]).mkdir(exist_ok=True)
+            for each in crd["versions"]:
+                schema = _strict(each["schema"]["openAPIV3Schema"])
+                kind = f"{crd['names']['kind'].lower()}-{each['name']}.json"
+                (folder / crd["group"] / kind).write_text(json.dumps(schema), encoding="utf-8")
+    return f"{folder}/{{{{.Group}}}}/{{{{.ResourceKind}}}}-{{{{.ResourceAPIVersion}}}}.json"
 
 
 def _strict(schema: Any) -> Any:
