@@ -1,6 +1,5 @@
 """The command `tallyman`: what people type, and how answers and failures look; the work is done elsewhere."""
 
-import heapq
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
@@ -300,19 +299,14 @@ def totals(
     wanted = audit.Wanted(meter, customer, since, until, frozenset(state or ()))
     check_limit(limit, as_json=as_json)
     with opened_store(read_config(config)) as store:
-        found = audit.lines(store, wanted)
-        if not limit:
-            for line in found:
-                show.json_line(line)
-            return
-        with show.status("reading") as counted:
-            chosen = heapq.nlargest(limit, counted(found), key=lambda line: (line.window_start, line.identifier))
-    if as_json:
-        for line in chosen:
-            show.json_line(line)
-    else:
-        show.totals(chosen)
-    show.more(counted.number - len(chosen))
+        show.newest(
+            audit.lines(store, wanted),
+            limit,
+            lambda line: (line.window_start, line.identifier),
+            as_json=as_json,
+            line=lambda line: line,
+            rows=show.totals,
+        )
 
 
 # Starting over

@@ -1,6 +1,5 @@
 """`tallyman dead-letters`: events that could not be counted, and to produce them again."""
 
-import heapq
 from typing import Annotated
 
 import typer
@@ -47,19 +46,14 @@ def letters_list(
     """
     check_limit(limit, as_json=as_json)
     with opened_store(read_config(config)) as store:
-        found = redriving.letters(store, redriving.Wanted(reason, partition, since))
-        if not limit:
-            for each in found:
-                show.json_line(show.letter(each))
-            return
-        with show.status("reading") as counted:
-            chosen = heapq.nlargest(limit, counted(found), key=lambda each: (each.record.appended_at, each.number))
-    if as_json:
-        for each in chosen:
-            show.json_line(show.letter(each))
-    else:
-        show.letters(chosen)
-    show.more(counted.number - len(chosen))
+        show.newest(
+            redriving.letters(store, redriving.Wanted(reason, partition, since)),
+            limit,
+            lambda each: (each.record.appended_at, each.number),
+            as_json=as_json,
+            line=show.letter,
+            rows=show.letters,
+        )
 
 
 @app.command("show")

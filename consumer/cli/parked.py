@@ -1,7 +1,6 @@
 """`tallyman parked`: totals that wait for a person or for a mapping, and what people decide about them."""
 
 import getpass
-import heapq
 import os
 from typing import Annotated, Literal
 
@@ -70,15 +69,15 @@ def parked_list(
     Example: `tallyman parked list --reason refused`
     """
     check_limit(limit, as_json=as_json)
-    with opened_store(read_config(config)) as store, show.status("reading") as counted:
-        found = counted(audit.parked(store, reason=reason, meter=meter, customer=customer))
-        chosen = list(found) if not limit else heapq.nlargest(limit, found, key=lambda entry: entry.total.due)
-    if as_json:
-        for entry in chosen:
-            show.json_line(show_totals.parked_total(entry))
-    else:
-        show_totals.parked(chosen)
-    show.more(counted.number - len(chosen))
+    with opened_store(read_config(config)) as store:
+        show.newest(
+            audit.parked(store, reason=reason, meter=meter, customer=customer),
+            limit,
+            lambda entry: entry.total.due,
+            as_json=as_json,
+            line=show_totals.parked_total,
+            rows=show_totals.parked,
+        )
 
 
 @app.command("show")

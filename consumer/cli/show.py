@@ -1,6 +1,7 @@
 """How the command's answers look: tables for people, lines of JSON for machines, progress on a terminal alone."""
 
 import base64
+import heapq
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,33 @@ def more(number: int) -> None:
     """Say that there is more than was shown, where JSON does not get in its way."""
     if number > 0:
         typer.echo(f"and {number} more: raise --limit, or ask for less", err=True)
+
+
+def newest(
+    found: Iterable[T],
+    limit: int,
+    key: Callable[[T], Any],
+    *,
+    as_json: bool,
+    line: Callable[[T], object],
+    rows: Callable[[Sequence[T]], None],
+) -> None:
+    """At most so many of what was found, the newest by this key first; with a limit of 0 all, as it comes, as JSON.
+
+    ``line`` makes of each what is written as JSON, ``rows`` shows them as a table.
+    """
+    if not limit:
+        for each in found:
+            json_line(line(each))
+        return
+    with status("reading") as counted:
+        chosen = heapq.nlargest(limit, counted(found), key=key)
+    if as_json:
+        for each in chosen:
+            json_line(line(each))
+    else:
+        rows(chosen)
+    more(counted.number - len(chosen))
 
 
 class Counted:

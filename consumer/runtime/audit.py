@@ -138,7 +138,8 @@ def everything(
             wanted.add(outcome.identifier)
     if finished:
         begin = {partition: min(since.get(partition, 0), end) for partition, end in settled.items()}
-        for outcome in _outcomes(store, begin, settled):
+        for each in store.logged(Log.OUTCOMES, begin, settled):
+            outcome = decode_outcome(each.value)
             # What was delivered, and was rejected later, has two outcomes: the last one counts.
             superseded = outcome.how in BILLED and outcome.identifier in rejected
             anew = outcome.how == "shadowed" and _is_anew(outcome, facts())
@@ -184,14 +185,10 @@ def _state(store: Archive) -> tuple[dict[int, int], list[bytes], set[str]]:
     return starts, entries, rejected
 
 
-def _outcomes(store: Archive, starts: Mapping[int, int], ends: Mapping[int, int]) -> Iterator[Outcome]:
-    return (decode_outcome(each.value) for each in store.logged(Log.OUTCOMES, starts, ends))
-
-
 def _unfinished(restored: Restored | None) -> Iterator[Entry]:
-    for key, value in restored.entries if restored else ():
-        if is_total(key):
-            yield unpack(value)
+    # All is taken at once: the store must not be kept waiting by a pager.
+    packed = [value for key, value in (restored.entries if restored else ()) if is_total(key)]
+    return map(unpack, packed)
 
 
 def line_of(each: Outcome | Entry | Total) -> Line:
