@@ -189,3 +189,33 @@ customers.yaml: |
   {{- required "config.customers.kind is file: set customers.existingConfigMap, or customers.file" .Values.customers.file | nindent 2 }}
 {{- end }}
 {{- end }}
+
+{{- /* The pod of a command that ends by itself, beside the service. Arguments: root, command, configMap, args. */}}
+{{- define "tallyman.command" -}}
+{{- $sqlite := include "tallyman.sqlite" .root }}
+{{- $component := ternary "service" "deliver" (eq $sqlite "yes") }}
+{{- if and $sqlite (eq .root.Values.persistence.accessMode "ReadWriteOncePod") }}
+{{- fail "check.enabled and reconcile.enabled: they read the state beside the service, which persistence.accessMode ReadWriteOncePod does not allow: choose" }}
+{{- end }}
+metadata:
+  labels: {{- include "tallyman.labels" .root | nindent 4 }}
+    app.kubernetes.io/component: {{ .command }}
+spec:
+  restartPolicy: Never
+  {{- $claim := "" }}
+  {{- $container := dict "resources" (index .root.Values $component).resources | toYaml }}
+  {{- if $sqlite }}
+  {{- $claim = printf "state-%s-0" (include "tallyman.fullname" .root) }}
+  # A volume of one node is read where the service has it.
+  affinity:
+    podAffinity:
+      preferredDuringSchedulingIgnoredDuringExecution:
+        - weight: 100
+          podAffinityTerm:
+            topologyKey: kubernetes.io/hostname
+            labelSelector:
+              matchLabels: {{- include "tallyman.selector" .root | nindent 16 }}
+                app.kubernetes.io/component: service
+  {{- end }}
+  {{- include "tallyman.pod" (dict "root" .root "component" $component "configMap" .configMap "args" .args "claim" $claim "container" $container) | nindent 2 }}
+{{- end }}

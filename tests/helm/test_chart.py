@@ -282,6 +282,7 @@ def test_only_what_sends_reaches_stripe(helm: Helm) -> None:
         "t-tallyman-aggregate": {53, 9093},
         "t-tallyman-deliver": {53, 9093, 443},
         "t-tallyman-check": {53, 9093, 443},
+        "t-tallyman-reconcile": {53, 9093, 443},
         "t-tallyman-test": {53, 9464},
     }
 
@@ -329,6 +330,22 @@ def test_an_upgrade_checks_the_new_configuration_first(helm: Helm, values: Path)
         assert hook["metadata"]["annotations"]["helm.sh/hook"] == "pre-upgrade"
     if objects.of("StatefulSet"):
         assert volumes["state"] == {"name": "state", "persistentVolumeClaim": {"claimName": "state-t-tallyman-0"}}
+
+
+@each_example
+def test_every_day_what_was_delivered_is_compared_with_stripe(helm: Helm, values: Path) -> None:
+    """With what the service that delivers has: its configuration, its secrets, its state."""
+    objects = helm.objects(values)
+    if not read(values).get("reconcile", {}).get("enabled", True):
+        assert not objects.of("CronJob")
+        return
+    pod = objects.one("CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    service = objects.pods.get("t-tallyman-deliver") or objects.pods["t-tallyman"]
+    container, beside = pod["containers"][0], service["containers"][0]
+    assert container["args"][0] == "reconcile"
+    assert [container[each] for each in ("env", "volumeMounts")] == [beside[each] for each in ("env", "volumeMounts")]
+    claim = {"name": "state", "persistentVolumeClaim": {"claimName": "state-t-tallyman-0"}}
+    assert pod["volumes"] == service["volumes"] + [claim] * bool(objects.of("StatefulSet"))
 
 
 @pytest.mark.parametrize("values", [SQLITE, MSK], ids=lambda path: path.stem)
@@ -478,7 +495,8 @@ def _misspell(given: Any, place: tuple[str, ...]) -> Iterator[str]:
             "config.customers.kind=file,config.customers.path=customers/customers.yaml",
             "set customers.existingConfigMap",
         ),
-        ("persistence.accessMode=ReadWriteOncePod", "check.enabled: the check reads the state beside the service"),
+        ("check.enabled=false,persistence.accessMode=ReadWriteOncePod", "and reconcile.enabled: they read the state"),
+        ("reconcile.enabled=false,persistence.accessMode=ReadWriteOncePod", "check.enabled and reconcile.enabled"),
         ("terminationGracePeriodSeconds=5", "/terminationGracePeriodSeconds"),
         ("aggregate.autoscaling.kind=cpu", "/aggregate/autoscaling/kind"),
         ("deliver.autoscaling.kind=keda", "/deliver/autoscaling/kind"),

@@ -167,6 +167,8 @@ def test_the_pod_of_the_default_bills_and_is_checked_beside_its_work(
         said = node.run(objects.one("Job")["spec"]["template"]["spec"])
         assert "in use by" in said
         assert not any(line.startswith("error") for line in said.splitlines())
+        compared = node.run(objects.one("CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"])
+        assert "calls to Stripe: of 2 customers" in compared
         ready = node.run(objects.one("Pod")["spec"], "--add-host=t-tallyman:127.0.0.1")
         assert ready.strip() == "t-tallyman 127.0.0.1 ok"
     past_events(topic, {"acme": 1}, at=real_now() - HOUR // 2)
