@@ -131,9 +131,9 @@ OPERATOR: Final = Dashboard(
         Panel(
             "What waits to be sent?",
             "In the totals log, being sent or tried again, behind others of the same customer, and parked. What is in "
-            "the log falls below 0 while a process of stage 1 is away.",
+            "the log is not known while a process of stage 1 is away.",
             {
-                "in the log": 'sum(tallyman_totals{state="unread", FILTER})',
+                "in the log": 'sum(tallyman_totals{state="unread", FILTER}) >= 0',
                 "in flight": "sum(tallyman_in_flight_totals{FILTER})",
                 "aside": "sum(tallyman_aside_totals{FILTER})",
                 "parked": 'sum(tallyman_totals{state="parked", FILTER})',
@@ -167,7 +167,7 @@ OPERATOR: Final = Dashboard(
             "When will all have been sent?",
             "Totals that wait, by the pace at which Stripe took them in the last five minutes.",
             {
-                "sending": 'sum(tallyman_totals{state=~"unread|pending", FILTER}) / clamp_min(sum('
+                "sending": '(sum(tallyman_totals{state=~"unread|pending", FILTER}) >= 0) / clamp_min(sum('
                 'rate(tallyman_stripe_requests_total{result=~"delivered|duplicate", FILTER}[5m])), 0.001)'
             },
             kind="stat",
@@ -251,9 +251,12 @@ BILLING: Final = Dashboard(
         ),
         Panel(
             "How much has it not been told yet?",
-            "Value in open windows, in the totals log, pending or parked, by meter. It falls below 0 while a process "
-            "of stage 1 is away.",
-            {"{{meter}}": "sum by (meter) (tallyman_undelivered_value{FILTER})"},
+            "Value in open windows, in the totals log, pending or parked, by meter. It is not known while a process of "
+            "stage 1 is away.",
+            {
+                "{{meter}}": "sum by (meter) (tallyman_undelivered_value{FILTER})"
+                ' and sum by (meter) (tallyman_totals{state="unread", FILTER}) >= 0'
+            },
         ),
         Panel(
             "How many events are counted?",
