@@ -247,7 +247,7 @@ def judge(ours: Book, stripe: Sum, *, end: int, now: int, shadow: bool = False) 
         return Judgement(Standing.EQUAL, "what was shadowed has been billed by somebody else")
     if early := _early(ours, end, now, "shadowed" if shadow else "delivered"):
         return Judgement(Standing.OPEN, early)
-    if difference > 0 and _reaches(ours.maybe, difference, stripe.uncertainty):
+    if any(_reaches(ours.maybe, difference - others, stripe.uncertainty) for others in {0, ours.shadowed}):
         return Judgement(
             Standing.DOUBT, "as much may be at Stripe of totals that are or were in doubt: see `tallyman parked list`"
         )
@@ -278,6 +278,9 @@ def _early(ours: Book, end: int, now: int, done: str) -> str:
 
 def _reaches(values: Sequence[int], wanted: int, uncertainty: int) -> bool:
     """Whether some of these values add up to what is wanted; where there are too many to tell, they may."""
+    least, most = sum(each for each in values if each < 0), sum(each for each in values if each > 0)
+    if not least - uncertainty <= wanted <= most + uncertainty:
+        return False
     sums = {0}
     for value in values:
         sums |= {each + value for each in sums}
