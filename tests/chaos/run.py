@@ -15,7 +15,7 @@ from typing import Any
 from consumer.config import load
 from consumer.sandbox import traffic
 from consumer.sandbox.kafka import Kafka
-from consumer.sandbox.traffic import METERS, MINUTE_MS, REACH_MS, Counts, Mix, Traffic, tombstones
+from consumer.sandbox.traffic import MINUTE_MS, Traffic, tombstones
 from consumer.storage import Log, Stage
 from tests.chaos.faults import AIM_S, Faults, Kind, Plan
 from tests.chaos.observer import Observer
@@ -23,7 +23,8 @@ from tests.chaos.workers import BOTH, ONLY, Failed, Fleet, failed_commits, trace
 from tests.exactness.checks import NotExactError, Produced, Verdict, compare
 from tests.exactness.left import InKafka
 from tests.exactness.run import AGO_MS
-from tests.exactness.world import PATIENCE_S, POLL_S, Production, StandIn, answers, ask
+from tests.exactness.scenario import Load
+from tests.exactness.world import PATIENCE_S, Production, StandIn, answers, ask, configuration, wait_until
 
 ROLES = (BOTH, *ONLY.values(), BOTH)
 """What the workers do, in turn."""
@@ -33,28 +34,13 @@ COUNTING_S = 90.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scenario:
+class Scenario(Load):
     """One run."""
 
-    events: int
-    customers: int
-    minutes: int
-    """Over how much event time the traffic stretches."""
     workers: int
     partitions: int
-    rate: float
-    """Records produced a second."""
-    burst: int
-    """Requests in a row that a rate limit at Stripe refuses, whenever it does."""
     max_rate: int
     """Requests a second that each worker may send."""
-    seed: int
-
-    @property
-    def mix(self) -> Mix:
-        """What the traffic consists of: 2 % are repetitions, the rest of the shares are the usual ones."""
-        # Repetitions come up to 3 minutes later, and those that would come after the end never do.
-        return Mix(customers=self.customers, duplicates=0.0206 * self.minutes / (self.minutes - 1.5))
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,6 @@ class Report:
 
     seconds: float
     counting_seconds: float
-    counts: Counts
     totals: int
     faults: Counter[str]
     given_up: int
@@ -124,7 +109,6 @@ def prove(kafka: Kafka, scenario: Scenario, plan: Plan, folder: Path, say: Calla
     return Report(
         seconds=seconds,
         counting_seconds=counting_seconds,
-        counts=made.expected.counts,
         totals=run.totals,
         faults=faults.done,
         given_up=fleet.given_up,
@@ -219,35 +203,22 @@ class _Run:
         self, reached: Callable[[], bool], progress: Callable[[], object], what: str, patience_s: float = COUNTING_S
     ) -> None:
         """Tell the faults' stories until it is reached; raise where nothing has progressed for so long."""
-        last, since = progress(), time.monotonic()
-        while not reached():
-            self._faults.turn()
-            time.sleep(POLL_S)
-            now = progress()
-            if now != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > patience_s:
-                raise TimeoutError(f"{what}: nothing has moved for {patience_s:.0f} s; it stands at {last}")
+        wait_until(reached, progress, what, patience_s=patience_s, meanwhile=self._faults.turn)
 
 
 def _config(  # noqa: PLR0917 - each of them once
     kafka: Kafka, scenario: Scenario, topic: str, pipeline: str, stripe: str, first_ms: int
 ) -> Mapping[str, Any]:
-    bill_from = time.gmtime((first_ms - REACH_MS) // 1000 - 60)
-    return {
-        "pipeline": pipeline,
-        "bill_from": time.strftime("%Y-%m-%dT%H:%M:%SZ", bill_from),
-        "kafka": {
-            "bootstrap_servers": kafka.bootstrap_servers,
-            "topic": topic,
-            "arrival": "create_time",
-            "options": {"session.timeout.ms": 6_000, "heartbeat.interval.ms": 1_500, "reconnect.backoff.max.ms": 1_000},
-        },
-        "storage": {"kind": "kafka"},
-        "commit_every": "1s",
-        "stripe": {"livemode": False, "api_base": stripe, "max_rate": scenario.max_rate},
-        "meters": [dict(meter) for meter in METERS],
-    }
+    options = {"session.timeout.ms": 6_000, "heartbeat.interval.ms": 1_500, "reconnect.backoff.max.ms": 1_000}
+    config = configuration(
+        pipeline,
+        kafka=kafka.bootstrap_servers,
+        topic=topic,
+        stripe=stripe,
+        max_rate=scenario.max_rate,
+        first_arrival_ms=first_ms,
+    )
+    return config | {"kafka": config["kafka"] | {"options": options}, "storage": {"kind": "kafka"}}
 
 
 def _judged(kafka: Kafka, made: Traffic, fleet: Fleet, scenario: Scenario, stripe: str) -> Verdict:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from consumer.sandbox.kafka_cluster import LocalCluster
 from consumer.storage import Stage
 from tests.chaos.faults import Kind, Plan
 from tests.chaos.run import Scenario, prove
+from tests.exactness.scenario import stamped
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
@@ -40,7 +40,7 @@ def test_workers_that_come_and_go_and_wake_as_zombies_bill_every_event_once(kafk
     scenario = Scenario(
         events=20_000, customers=150, minutes=4, workers=3, partitions=6, rate=1_000, burst=20, max_rate=1_000, seed=1
     )
-    report = prove(kafka, scenario, plan, tmp_path, _stamped())
+    report = prove(kafka, scenario, plan, tmp_path, stamped())
     print("\n".join(report.lines()))
     assert report.faults.total() == len(plan.counting) + len(plan.sending)
     for stage in Stage:
@@ -54,11 +54,6 @@ def test_one_of_three_brokers_may_go_and_every_event_is_billed_once(cluster: Loc
     scenario = Scenario(
         events=6_000, customers=80, minutes=4, workers=2, partitions=3, rate=2_000, burst=20, max_rate=1_000, seed=1
     )
-    report = prove(cluster, scenario, plan, tmp_path, _stamped())
+    report = prove(cluster, scenario, plan, tmp_path, stamped())
     print("\n".join(report.lines()))
     assert report.faults.total() == len(plan.counting) + len(plan.sending)
-
-
-def _stamped() -> Callable[[str], None]:
-    began = time.monotonic()
-    return lambda what: print(f"{time.monotonic() - began:5.1f} s  {what}")

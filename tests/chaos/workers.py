@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import signal
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,12 +13,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import orjson
-import yaml
 
-from consumer.sandbox.kafka import free_ports
-from consumer.sandbox.stripe import SECRET_KEY
 from consumer.storage import Stage
-from tests.exactness.world import Metrics
+from tests.exactness.world import Metrics, Process
 
 STOP_WITHIN_S = 45.0
 DISTURBED_S = 60.0
@@ -38,41 +30,27 @@ class WorkerError(Exception):
     """A process of the service did something that it must not; the message says which and what."""
 
 
-class Worker:
-    """``tallyman run`` in a process, or in one after the other, with a configuration and a log of its own."""
+class Worker(Process):
+    """One that runs one stage or both, and may be suspended."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], stages: frozenset[Stage]) -> None:
         """``config`` is that of the pipeline; what is the worker's own is added."""
+        kafka = config["kafka"]
+        super().__init__(folder, name, {**config, "kafka": kafka | {"options": kafka["options"] | {"client.id": name}}})
         self.name = name
         self.stages = stages
         self.busy = False
         """Whether a fault is about it."""
         self.suspended = False
-        self.config_file = folder / f"{name}.yaml"
-        self.log_file = folder / f"{name}.log"
-        self.peak_rss_kb = 0
         self.failed_commits = Failed()
         """As its metrics have counted them, in all of its lives."""
         self._failed_in_this_life = Failed()
         self._began_at = 0
         self._stopping = False
-        self._port, _ = free_ports()
-        self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
-        kafka = config["kafka"]
-        own = {
-            "kafka": kafka | {"options": kafka["options"] | {"client.id": name}},
-            "http": {"host": "127.0.0.1", "port": self._port},
-        }
-        self.config_file.write_text(yaml.safe_dump({**config, **own}))
 
     def __str__(self) -> str:
         return f"{self.name} ({'+'.join(sorted(self.stages))})"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What it runs with: this one's, and the stand-in's key."""
-        return os.environ | {"STRIPE_SECRET_KEY": SECRET_KEY, "PYTHONFAULTHANDLER": "1"}
 
     @property
     def running(self) -> bool:
@@ -89,15 +67,8 @@ class Worker:
         stage = [] if self.stages == BOTH else [f"--stage={next(iter(self.stages))}"]
         self._failed_in_this_life = Failed()
         self._stopping = False
-        with self.log_file.open("ab") as log:
-            self._began_at = log.tell()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "consumer", "run", "-c", str(self.config_file), *stage],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment,
-            )
+        self._began_at = self.log_file.stat().st_size if self.log_file.exists() else 0
+        self._process = self._run(*stage)
         # If we are killed, the pipe closes and the guard ends the worker that would be left behind.
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)], stdin=subprocess.PIPE
@@ -168,11 +139,11 @@ class Worker:
         """What it says of itself; None while it cannot."""
         if self.ended or self.suspended:
             return None
-        self._note_size()
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=5) as answer:
-                seen = Metrics(answer.read().decode())
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            seen = self._scraped(5)
+        except TimeoutError:
+            seen = None
+        if seen is None:
             return None
         failed = Failed(
             {
@@ -186,11 +157,6 @@ class Worker:
         self._failed_in_this_life = failed
         return seen
 
-    def log_tail(self) -> str:
-        """The last lines of its log."""
-        lines = self.log_file.read_text(errors="replace")[-3000:] if self.log_file.exists() else ""
-        return f"The end of its log, {self.log_file}:\n{lines}"
-
     def _gone(self) -> None:
         for process in (self._guard, self._process):  # in this order: the guard must not outlive what it would kill
             if process is not None:
@@ -202,14 +168,6 @@ class Worker:
         if self._process is None:
             raise WorkerError(f"{self} is not running")
         self._process.send_signal(number)
-
-    def _note_size(self) -> None:
-        if self._process is not None:
-            # The kernel's own mark, so that nothing is missed between two looks at it.
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{self._process.pid}/status").read_text()
-                if found := re.search(r"VmHWM:\s+(\d+) kB", status):
-                    self.peak_rss_kb = max(self.peak_rss_kb, int(found[1]))
 
 
 class Fleet:

@@ -9,7 +9,6 @@ requests come, so that no two runs are alike. Ends with 0 if everything agrees.
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
@@ -21,8 +20,9 @@ from pathlib import Path
 
 from consumer.sandbox import traffic
 from consumer.sandbox.kafka import Kafka
-from consumer.sandbox.traffic import MINUTE_MS, Counts, Message, Mix, Traffic, tombstones
+from consumer.sandbox.traffic import MINUTE_MS, Counts, Message, Traffic, tombstones
 from tests.exactness.checks import Produced, Verdict, judge
+from tests.exactness.scenario import Load, options, scenario, stamped
 from tests.exactness.world import Metrics, Production, Service, StandIn, answers, ask, wait_until
 from tests.kafka.cluster import running_kafka
 
@@ -32,25 +32,11 @@ AGO_MS = 180 * MINUTE_MS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """One run. Kills are spread evenly over both stages' progress."""
+class Scenario(Load):
+    """One run."""
 
-    events: int
-    customers: int
-    minutes: int
-    """Over how much event time the traffic stretches."""
     kills: int
-    rate: float
-    """Records produced a second: the service has to be reading while it is killed."""
-    burst: int
-    """Requests in a row that a rate limit at Stripe refuses, whenever it does."""
-    seed: int
-
-    @property
-    def mix(self) -> Mix:
-        """What the traffic consists of: 2 % are repetitions, the rest of the shares are the usual ones."""
-        # Repetitions come up to 3 minutes later, and those that would come after the end never do.
-        return Mix(customers=self.customers, duplicates=0.0206 * self.minutes / (self.minutes - 1.5))
+    """Spread evenly over both stages' progress."""
 
 
 @dataclass(frozen=True)
@@ -206,35 +192,16 @@ class Watch:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.exactness.run", description=__doc__)
-    parser.add_argument("--events", type=int, default=1_000_000)
+    parser = options("python -m tests.exactness.run", __doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--customers", type=int, default=5_000)
-    parser.add_argument("--minutes", type=int, default=7, help="of event time that the traffic stretches over")
-    parser.add_argument("--rate", type=float, default=8_000, help="events produced per second")
-    parser.add_argument("--burst", type=int, default=500, help="requests in a row that a rate limit refuses")
     parser.add_argument("--keep", type=Path, help="a folder to keep the service's file and log in")
     given = parser.parse_args()
-    scenario = Scenario(
-        events=given.events,
-        customers=given.customers,
-        minutes=given.minutes,
-        kills=given.kills,
-        rate=given.rate,
-        burst=given.burst,
-        seed=given.seed,
-    )
-    began = time.monotonic()
-
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - began:6.1f} s  {what}", flush=True)
-
+    asked, say = scenario(Scenario, given), stamped()
     with running_kafka() as kafka, tempfile.TemporaryDirectory(prefix="tallyman-exactness-") as scratch:
         folder = given.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        say(f"{scenario}")
-        print("\n".join(prove(kafka, scenario, folder, say).lines()))
+        say(f"{asked}")
+        print("\n".join(prove(kafka, asked, folder, say).lines()))
 
 
 if __name__ == "__main__":

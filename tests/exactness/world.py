@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -97,31 +97,82 @@ class Metrics:
         )
 
 
-class Service:
-    """``tallyman run`` as a process that is killed, and started again on the same file. A context manager."""
+def configuration(
+    pipeline: str, *, kafka: str, topic: str, stripe: str, max_rate: int, first_arrival_ms: int
+) -> dict[str, Any]:
+    """What is configured in every run, but for where its state is."""
+    bill_from = time.gmtime((first_arrival_ms - REACH_MS) // 1000 - 60)
+    return {
+        "pipeline": pipeline,
+        "bill_from": time.strftime("%Y-%m-%dT%H:%M:%SZ", bill_from),
+        "kafka": {"bootstrap_servers": kafka, "topic": topic, "arrival": "create_time"},
+        "commit_every": "1s",
+        "stripe": {"livemode": False, "api_base": stripe, "max_rate": max_rate},
+        "meters": [dict(meter) for meter in METERS],
+    }
 
-    def __init__(self, folder: Path, *, kafka: str, topic: str, stripe: str, first_arrival_ms: int) -> None:
-        self.folder = folder
-        self.database = folder / "tallyman.db"
-        self.config_file = folder / "tallyman.yaml"
-        self.log_file = folder / "service.log"
+
+class Process:
+    """``tallyman run`` as a process, or as one after the other, with a configuration and a log of its own."""
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        """The configuration is that of the pipeline; where the process listens is added."""
+        self.config_file = folder / f"{name}.yaml"
+        self.log_file = folder / f"{name}.log"
         self.peak_rss_kb = 0
         """The largest that any of its processes has been, as far as was looked."""
-        self.kills = 0
-        self._port, _ = free_ports()
         self._process: subprocess.Popen[bytes] | None = None
-        bill_from = time.gmtime((first_arrival_ms - REACH_MS) // 1000 - 60)
-        config = {
-            "pipeline": PIPELINE,
-            "bill_from": time.strftime("%Y-%m-%dT%H:%M:%SZ", bill_from),
-            "kafka": {"bootstrap_servers": kafka, "topic": topic, "arrival": "create_time"},
-            "storage": {"kind": "sqlite", "path": str(self.database)},
-            "commit_every": "1s",
-            "stripe": {"livemode": False, "api_base": stripe, "max_rate": 10_000},
-            "http": {"host": "127.0.0.1", "port": self._port},
-            "meters": [dict(meter) for meter in METERS],
-        }
-        self.config_file.write_text(yaml.safe_dump(config))
+        self._port, _ = free_ports()
+        self.config_file.write_text(yaml.safe_dump({**config, "http": {"host": "127.0.0.1", "port": self._port}}))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What it runs with: this one's, and the stand-in's key. If it crashes it says where its threads stood."""
+        return os.environ | {"STRIPE_SECRET_KEY": SECRET_KEY, "PYTHONFAULTHANDLER": "1"}
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        lines = self.log_file.read_text(errors="replace")[-3000:] if self.log_file.exists() else ""
+        return f"The end of its log, {self.log_file}:\n{lines}"
+
+    def _run(self, *more: str) -> subprocess.Popen[bytes]:
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "consumer", "run", "-c", str(self.config_file), *more],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+            )
+
+    def _scraped(self, timeout_s: float) -> Metrics | None:
+        """What it says of itself; None where nobody listens."""
+        self._note_size()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=timeout_s) as answer:
+                return Metrics(answer.read().decode())
+        except (urllib.error.URLError, ConnectionError):
+            return None
+
+    def _note_size(self) -> None:
+        if self._process is not None:
+            # The kernel's own mark, so that nothing is missed between two looks at it.
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{self._process.pid}/status").read_text()
+                if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+                    self.peak_rss_kb = max(self.peak_rss_kb, int(found[1]))
+
+
+class Service(Process):
+    """One that is killed, and started again on the same file. A context manager."""
+
+    def __init__(self, folder: Path, *, kafka: str, topic: str, stripe: str, first_arrival_ms: int) -> None:
+        self.database = folder / "tallyman.db"
+        self.kills = 0
+        config = configuration(
+            PIPELINE, kafka=kafka, topic=topic, stripe=stripe, max_rate=10_000, first_arrival_ms=first_arrival_ms
+        )
+        super().__init__(folder, "service", config | {"storage": {"kind": "sqlite", "path": str(self.database)}})
 
     def __enter__(self) -> Self:
         self.start()
@@ -134,21 +185,9 @@ class Service:
             self._process.kill()
             self._process.wait()
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """What it runs with: this one's, and the stand-in's key."""
-        return os.environ | {"STRIPE_SECRET_KEY": SECRET_KEY}
-
     def start(self) -> None:
         """Start it; it takes up work by itself."""
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "consumer", "run", "-c", str(self.config_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment,
-            )
+        self._process = self._run()
 
     def kill_and_restart(self) -> None:
         """SIGKILL, as a power cut would, and a new start at once."""
@@ -162,18 +201,13 @@ class Service:
         self._note_size()
         code = self._end(signal.SIGTERM)
         if code:
-            raise RuntimeError(f"the service ended with {code} after SIGTERM. {self._log_tail()}")
+            raise RuntimeError(f"the service ended with {code} after SIGTERM. {self.log_tail()}")
 
     def metrics(self) -> Metrics | None:
         """What it says of itself; None while it is starting."""
         if self._process is None or self._process.poll() is not None:
-            raise RuntimeError(f"the service is not running. {self._log_tail()}")
-        self._note_size()
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=30) as answer:
-                return Metrics(answer.read().decode())
-        except (urllib.error.URLError, ConnectionError):
-            return None
+            raise RuntimeError(f"the service is not running. {self.log_tail()}")
+        return self._scraped(30)
 
     def _end(self, number: signal.Signals) -> int:
         process, self._process = self._process, None
@@ -181,17 +215,6 @@ class Service:
             raise RuntimeError("the service is not running")
         process.send_signal(number)
         return process.wait(30)
-
-    def _note_size(self) -> None:
-        if self._process is not None:
-            # The kernel's own mark, so that nothing is missed between two looks at it.
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{self._process.pid}/status").read_text()
-                if found := re.search(r"VmHWM:\s+(\d+) kB", status):
-                    self.peak_rss_kb = max(self.peak_rss_kb, int(found[1]))
-
-    def _log_tail(self) -> str:
-        return f"The end of its log, {self.log_file}:\n{self.log_file.read_text(errors='replace')[-3000:]}"
 
 
 class Production:
@@ -238,16 +261,24 @@ def _paced(messages: Iterable[Message], rate: float, allowed: Callable[[], float
         yield message
 
 
-def wait_until(reached: Callable[[], bool], progress: Callable[[], object], what: str) -> None:
+def wait_until(
+    reached: Callable[[], bool],
+    progress: Callable[[], object],
+    what: str,
+    *,
+    patience_s: float = PATIENCE_S,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
     """Return once it is reached; raise where nothing has progressed for longer than patience lasts."""
     last, since = progress(), time.monotonic()
     while not reached():
+        meanwhile()
         time.sleep(POLL_S)
         now = progress()
         if now != last:
             last, since = now, time.monotonic()
-        elif time.monotonic() - since > PATIENCE_S:
-            raise TimeoutError(f"{what}: nothing has moved for {PATIENCE_S:.0f} s; it stands at {last}")
+        elif time.monotonic() - since > patience_s:
+            raise TimeoutError(f"{what}: nothing has moved for {patience_s:.0f} s; it stands at {last}")
 
 
 def answers(stats: dict[str, int]) -> Counter[str]:
