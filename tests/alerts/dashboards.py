@@ -4,19 +4,50 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.alerts.grafana import Dashboard, Panel, Row, text
+from tests.alerts.grafana import Dashboard, Levels, Names, Panel, Row, text
 from tests.alerts.rules import ROOT
 
 FOLDER: Final = ROOT / "helm" / "dashboards"
 
 _GREEN, _ORANGE, _RED = "green", "orange", "red"
-YES: Final = ((None, _RED), (1.0, _GREEN))
-NONE: Final = ((None, _GREEN), (1.0, _RED))
+
+_YES: Final = ((None, _RED), (1.0, _GREEN))
+_NONE: Final = ((None, _GREEN), (1.0, _RED))
 """Not one may be there."""
+_EXACTLY_NONE: Final = ((None, _GREEN), (1e-12, _RED))
+"""Of a value: nor the smallest part of one."""
+_SOON: Final = ((None, _GREEN), (600, _ORANGE), (3600, _RED))
+"""Seconds."""
 
 _YES_NO: Final = ((1.0, 1.0, "yes"), (0.0, 0.0, "NO"))
 _ALL_WELL: Final = ((0.0, 0.0, "none"),)
 _NEVER: Final = ((0.0, 0.0, "now"), (30 * 86_400.0, None, "not at this pace"))
+
+
+def _stat(
+    title: str,
+    about: str,
+    queries: dict[str, str],
+    *,
+    levels: Levels,
+    names: Names = (),
+    unit: str = "short",
+    width: int = 6,
+) -> Panel:
+    """What there is now, in large letters on a ground that says how bad it is."""
+    return Panel(title, about, queries, kind="stat", width=width, unit=unit, levels=levels, names=names)
+
+
+def _by(label: str, what: str) -> dict[str, str]:
+    """What is exposed, added up for each value of a label."""
+    return {f"{{{{{label}}}}}": f"sum by ({label}) ({what})"}
+
+
+def _in_an_hour(label: str, counter: str) -> dict[str, str]:
+    """How much a counter has grown. Where it was not there an hour ago, it began with 0, which nobody has seen."""
+    grown = f"({counter}{{FILTER}} unless {counter}{{FILTER}} offset 1h) or increase({counter}{{FILTER}}[1h])"
+    return {f"{{{{{label}}}}}": f"sum by ({label}) ({grown}) or on () vector(0)"}
+
 
 OPERATOR: Final = Dashboard(
     uid="tallyman-operator",
@@ -25,28 +56,24 @@ OPERATOR: Final = Dashboard(
     since="now-6h",
     parts=(
         Row("Is it healthy?"),
-        Panel(
+        _stat(
             "Do Kafka and Stripe answer?",
             "Of all processes: NO as soon as one of them hears nothing. An outage costs time, and nothing else.",
             {"Kafka": "min(tallyman_kafka_up{FILTER})", "Stripe": "min(tallyman_stripe_up{FILTER})"},
-            kind="stat",
-            width=6,
-            levels=YES,
+            levels=_YES,
             names=_YES_NO,
         ),
-        Panel(
+        _stat(
             "Which alerts fire?",
             "By name; docs/runbook.md says what to do.",
             {
                 "{{alertname}}": 'count by (alertname) (ALERTS{alertname=~"Tallyman.+", alertstate="firing", FILTER})'
                 " or on () vector(0)"
             },
-            kind="stat",
-            width=6,
-            levels=NONE,
+            levels=_NONE,
             names=_ALL_WELL,
         ),
-        Panel(
+        _stat(
             "Is anything stopped until somebody acts?",
             "Delivery as a whole, single event names that Stripe has no meter for, clocks that do not agree.",
             {
@@ -54,12 +81,10 @@ OPERATOR: Final = Dashboard(
                 "meters": "count(count by (event_name) (tallyman_stopped_meters{FILTER})) or vector(0)",
                 "clocks": "sum(tallyman_partition_waits_for_clock{FILTER})",
             },
-            kind="stat",
-            width=6,
-            levels=NONE,
+            levels=_NONE,
             names=_ALL_WELL,
         ),
-        Panel(
+        _stat(
             "Do the books balance?",
             "Records that were read and are not accounted for; value that was read from the totals log and is nowhere. "
             "Anything but none is a fault of Tallyman.",
@@ -68,9 +93,7 @@ OPERATOR: Final = Dashboard(
                 " - sum by (job, instance, partition) (tallyman_events_total{FILTER})))",
                 "value": "sum(abs(tallyman_totals_missing_value{FILTER}))",
             },
-            kind="stat",
-            width=6,
-            levels=((None, _GREEN), (1e-12, _RED)),
+            levels=_EXACTLY_NONE,
             names=_ALL_WELL,
         ),
         Panel(
@@ -100,14 +123,14 @@ OPERATOR: Final = Dashboard(
         Panel(
             "What becomes of the records that are read?",
             "Counted, repeated, ignored, or kept as dead letters. Two scrapes have to lie within the interval.",
-            {"{{outcome}}": "sum by (outcome) (rate(tallyman_events_total{FILTER}[$__rate_interval]))"},
+            _by("outcome", "rate(tallyman_events_total{FILTER}[$__rate_interval])"),
             unit="ops",
             stacked=True,
         ),
         Panel(
             "What does Stripe answer?",
             "Requests by what came of them; docs/delivery.md says what each proves.",
-            {"{{result}}": "sum by (result) (rate(tallyman_stripe_requests_total{FILTER}[$__rate_interval]))"},
+            _by("result", "rate(tallyman_stripe_requests_total{FILTER}[$__rate_interval])"),
             unit="reqps",
             stacked=True,
         ),
@@ -150,40 +173,35 @@ OPERATOR: Final = Dashboard(
             unit="reqps",
         ),
         Row("When will it have caught up?"),
-        Panel(
+        _stat(
             "When will all have been read?",
             "The backlog by the pace at which it shrank in the last five minutes.",
             {
                 "reading": "sum(tallyman_lag_records{FILTER})"
                 " / clamp_min(-sum(deriv(tallyman_lag_records{FILTER}[5m])), 0.001)"
             },
-            kind="stat",
-            width=6,
             unit="s",
-            levels=((None, _GREEN), (600, _ORANGE), (3600, _RED)),
+            levels=_SOON,
             names=_NEVER,
         ),
-        Panel(
+        _stat(
             "When will all have been sent?",
             "Totals that wait, by the pace at which Stripe took them in the last five minutes.",
             {
                 "sending": '(sum(tallyman_totals{state=~"unread|pending", FILTER}) >= 0) / clamp_min(sum('
                 'rate(tallyman_stripe_requests_total{result=~"delivered|duplicate", FILTER}[5m])), 0.001)'
             },
-            kind="stat",
-            width=6,
             unit="s",
-            levels=((None, _GREEN), (600, _ORANGE), (3600, _RED)),
+            levels=_SOON,
             names=_NEVER,
         ),
-        Panel(
+        _stat(
             "How long until an invoice is final without its usage?",
             "If a period ended right behind the oldest undelivered usage. Negative: it may be.",
             {"{{meter}}, {{state}}": "min by (meter, state) (tallyman_cutoff_seconds{FILTER})"},
-            kind="stat",
-            width=12,
             unit="s",
             levels=((None, _RED), (0, _ORANGE), (1200, _GREEN)),
+            width=12,
         ),
         Panel(
             "How many records are still to be read?",
@@ -242,12 +260,12 @@ BILLING: Final = Dashboard(
         Panel(
             "How much usage is counted?",
             "Its value since the beginning, by meter.",
-            {"{{meter}}": "sum by (meter) (tallyman_counted_value{FILTER})"},
+            _by("meter", "tallyman_counted_value{FILTER}"),
         ),
         Panel(
             "How much of it has Stripe been told?",
             "Value delivered since the beginning, by meter.",
-            {"{{meter}}": 'sum by (meter) (tallyman_totals_value{state="delivered", FILTER})'},
+            _by("meter", 'tallyman_totals_value{state="delivered", FILTER}'),
         ),
         Panel(
             "How much has it not been told yet?",
@@ -261,20 +279,20 @@ BILLING: Final = Dashboard(
         Panel(
             "How many events are counted?",
             "A second, by meter.",
-            {"{{meter}}": "sum by (meter) (rate(tallyman_counted_events_total{FILTER}[$__rate_interval]))"},
+            _by("meter", "rate(tallyman_counted_events_total{FILTER}[$__rate_interval])"),
             unit="ops",
         ),
         Panel(
             "How many totals are made of them?",
             "A second, by meter: each is a call to Stripe.",
-            {"{{meter}}": "sum by (meter) (rate(tallyman_closed_totals_total{FILTER}[$__rate_interval]))"},
+            _by("meter", "rate(tallyman_closed_totals_total{FILTER}[$__rate_interval])"),
             unit="ops",
         ),
         Panel(
             "Does anything get lost?",
             "Value that was read from the totals log and is nowhere, by meter. It is 0, or Tallyman has a fault.",
-            {"{{meter}}": "sum by (meter) (tallyman_totals_missing_value{FILTER})"},
-            levels=((None, _GREEN), (1e-12, _RED)),
+            _by("meter", "tallyman_totals_missing_value{FILTER}"),
+            levels=_EXACTLY_NONE,
         ),
         Row("What needs a person?"),
         Panel(
@@ -335,36 +353,23 @@ BILLING: Final = Dashboard(
         Panel(
             "What is not billed, and why?",
             "Value since the beginning: customers mapped to null, refused after it was taken, given up, in shadow.",
-            {
-                "{{state}}": "sum by (state) (tallyman_totals_value{"
-                'state=~"unbilled|refused|discarded|shadowed", FILTER})'
-            },
+            _by("state", 'tallyman_totals_value{state=~"unbilled|refused|discarded|shadowed", FILTER}'),
         ),
         Panel(
             "How much is lost to rounding?",
             "Value cut off to fit Stripe's 15 digits, by meter.",
-            {"{{meter}}": 'sum by (meter) (tallyman_totals_value{state="rounded", FILTER})'},
+            _by("meter", 'tallyman_totals_value{state="rounded", FILTER}'),
         ),
         Row("Does Stripe have it?"),
         Panel(
             "How much came too late for its invoice?",
             "Value delivered later than the grace after its usage; in an hour, by meter.",
-            {
-                "{{meter}}": "sum by (meter) ("
-                "(tallyman_totals_after_grace_value_total{FILTER}"
-                " unless tallyman_totals_after_grace_value_total{FILTER} offset 1h)"
-                " or increase(tallyman_totals_after_grace_value_total{FILTER}[1h])) or on () vector(0)"
-            },
+            _in_an_hour("meter", "tallyman_totals_after_grace_value_total"),
         ),
         Panel(
             "How many events did Stripe reject after it had taken them?",
             "In an hour, by its code; see asynchronous errors in docs/delivery.md.",
-            {
-                "{{code}}": "sum by (code) ("
-                "(tallyman_stripe_rejected_events_total{FILTER}"
-                " unless tallyman_stripe_rejected_events_total{FILTER} offset 1h)"
-                " or increase(tallyman_stripe_rejected_events_total{FILTER}[1h])) or on () vector(0)"
-            },
+            _in_an_hour("code", "tallyman_stripe_rejected_events_total"),
         ),
         Panel(
             "When was it last compared with Stripe's sums?",
@@ -376,7 +381,7 @@ BILLING: Final = Dashboard(
         Panel(
             "Were Stripe's sums what was delivered?",
             "Customers' days of the last comparison: equal, too early to say, in doubt, or different.",
-            {"{{state}}": "sum by (state) (max by (event_name, state) (tallyman_reconcile_days{FILTER}))"},
+            _by("state", "max by (event_name, state) (tallyman_reconcile_days{FILTER})"),
             width=12,
             stacked=True,
         ),
@@ -388,7 +393,7 @@ BILLING: Final = Dashboard(
                 "surplus, {{event_name}}": "max by (event_name) (tallyman_reconcile_surplus_value{FILTER})",
             },
             width=12,
-            levels=((None, _GREEN), (1e-12, _RED)),
+            levels=_EXACTLY_NONE,
         ),
     ),
 )

@@ -17,6 +17,11 @@ _SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH: Final = 24
 _HEIGHTS: Final = {"row": 1, "stat": 4, "timeseries": 8, "table": 5}
 
+Levels = tuple[tuple[float | None, str], ...]
+"""From which value on which colour."""
+Names = tuple[tuple[float, float | None, str], ...]
+"""What values of a range are called."""
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -29,10 +34,8 @@ class Panel:
     kind: str = "timeseries"
     width: int = 8
     unit: str = "short"
-    levels: tuple[tuple[float | None, str], ...] = ()
-    """From which value on which colour."""
-    names: tuple[tuple[float, float | None, str], ...] = ()
-    """What values of a range are called."""
+    levels: Levels = ()
+    names: Names = ()
     stacked: bool = False
 
 
