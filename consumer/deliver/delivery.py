@@ -345,7 +345,7 @@ class Delivery:
             self._finish(self._unpark(identifier, command), how, now, command=command)
         else:
             released = self._unpark(identifier, command)
-            self.stops.cured(released.total.stripe.event_name)
+            self.stops.lift(released.total.stripe.event_name)
             released.renew()
             self._place(released, now)
         self._fill(now)
@@ -401,7 +401,8 @@ class Delivery:
         """When ``next`` may have something that it has not now, as far as time alone decides."""
         if not self._ours or self._dropped:
             return None
-        times = [at for at in (self._schedule.wake(now), self.stops.wake()) if at is not None]
+        probe_at = None if self._shadow else self.stops.wake()
+        times = [at for at in (self._schedule.wake(now), probe_at) if at is not None]
         return max(now, min(times)) if times else None
 
     def may_send(self, attempt: Attempt, now: int) -> bool:

@@ -16,6 +16,8 @@ class _Stop:
     probe_at: int
     probe: str | None = None
     """The total that finds out now."""
+    lifted: bool = False
+    """Somebody says that it is cured: all may be tried, until Stripe says otherwise."""
 
 
 class Stops:
@@ -35,7 +37,7 @@ class Stops:
     def may_try(self, event_name: str, identifier: str) -> bool:
         """Whether this total may be sent: its event name is not stopped, or it is the one that finds out."""
         stop = self._stops.get(event_name)
-        return stop is None or stop.probe == identifier
+        return stop is None or stop.lifted or stop.probe == identifier
 
     def stop(self, event_name: str, message: str, probe_at: int) -> None:
         """Nothing more of this event name, for now."""
@@ -45,9 +47,14 @@ class Stops:
         """Stripe has no active meter for this total."""
         self.stop(event_name, message, now + PROBE_EVERY)
         stop = self._stops[event_name]
-        stop.message = message
+        stop.message, stop.lifted = message, False
         if stop.probe == identifier:
             stop.probe, stop.probe_at = None, now + PROBE_EVERY
+
+    def lift(self, event_name: str) -> None:
+        """Somebody says that it takes events: whatever is released is sent, and those that are parked go on asking."""
+        if event_name in self._stops:
+            self._stops[event_name].lifted = True
 
     def cured(self, event_name: str) -> None:
         """It takes events."""

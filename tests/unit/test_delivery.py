@@ -361,6 +361,31 @@ def test_a_restored_total_that_was_marked_23_hours_ago_is_in_doubt() -> None:
     assert world.parked() == {attempt.identifier: "in_doubt"}
 
 
+@pytest.mark.parametrize("ahead", [HOUR + 1, 30 * HOUR])
+def test_a_mark_far_ahead_of_the_clock_tells_nobody_how_old_it_is(ahead: int) -> None:
+    """Made by a clock that was wrong, and has been set right since. By the clock as it is now it would be young for
+    longer than Stripe knows the identifier."""
+    world = World()
+    world.wait(ahead)
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.wait(-ahead)
+    world.run(world.now + 48 * HOUR)
+    assert world.parked() == {attempt.identifier: "in_doubt"}
+    assert world.stripe.billed == []
+
+
+def test_a_mark_a_little_ahead_of_the_clock_is_as_young_as_any() -> None:
+    """Another host made it: an hour is kept for what their clocks differ by."""
+    world = World()
+    world.wait(HOUR)
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.wait(-HOUR)
+    world.run(world.now + HOUR)
+    assert [each.how for each in world.outcomes] == ["delivered"]
+
+
 def test_a_doubt_is_ended_by_a_person_who_discards_it() -> None:
     """Who and why is in the outcome; the value moves to discarded."""
     world = World()

@@ -1,9 +1,9 @@
 """A meter that Stripe refuses stops its event name, one total finds out when it is cured, and then all go on."""
 
-from consumer.deliver.answers import Answer, Heard, Lost
+from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected
 from consumer.deliver.delivery import Attempt
 from consumer.deliver.stops import PROBE_EVERY
-from tests.unit.delivery_world import HOUR, MINUTE, NO_METER, OK, REFUSED, World
+from tests.unit.delivery_world import HOUR, MINUTE, NO_METER, OK, REFUSED, SECOND, World
 
 NAMES: dict[str, str | None] = {name: f"cus_{name}" for name in "abcdefgh"}
 
@@ -127,3 +127,54 @@ def test_a_probe_asks_no_more_often_where_stripe_says_something_else_meanwhile()
     account.active = True
     world.run(world.now + 10 * MINUTE, account.answer)
     assert {each.identifier for each in world.outcomes} == set(identifiers)
+
+
+def test_a_release_that_finds_out_nothing_leaves_nobody_behind() -> None:
+    """One of those that wait was released, and Stripe refused it for a reason of its own: of the meter nobody knows."""
+    world, account, identifiers = stopped()
+    world.wait(-SECOND)  # before the next probe
+    released = identifiers[0]
+    world.command("release", released)
+    world.obey()
+    account.active = True
+
+    world.run(world.now, lambda attempt: REFUSED if attempt.identifier == released else account.answer(attempt))
+    assert world.delivery.stops.names() == ["ai_tokens"], "it is not known to be cured"
+
+    world.run(world.now + PROBE_EVERY, account.answer)
+    assert {each.identifier for each in world.outcomes} == set(identifiers[1:])
+    assert world.parked() == {released: "refused"}
+    assert world.delivery.stops.names() == []
+
+
+def test_all_that_are_released_are_sent_though_the_meter_was_refused_before() -> None:
+    world, account, identifiers = stopped()
+    for each in identifiers:
+        world.command("release", each)
+    world.obey()
+    account.active = True
+    world.run(world.now, account.answer)
+    assert {each.identifier for each in world.outcomes} == set(identifiers)
+    assert world.delivery.stops.names() == []
+
+
+def test_what_was_released_waits_for_stripe_and_is_not_parked_again_by_the_next_probe() -> None:
+    """Stripe is away when it is released: until it answers, nobody knows better than who released it."""
+    world, account, identifiers = stopped()
+    world.command("release", identifiers[-1])
+    world.obey()
+    world.run(world.now + 10 * MINUTE, lambda _: NeverConnected("refused"))
+    assert identifiers[-1] not in world.parked()
+    account.active = True
+    world.run(world.now + 10 * MINUTE, account.answer)
+    assert {each.identifier for each in world.outcomes} == set(identifiers)
+
+
+def test_in_shadow_no_meter_is_asked_for_and_nobody_waits_for_that() -> None:
+    """What was parked while totals were sent is left alone: a shell that is woken for it would spin."""
+    world, _, identifiers = stopped()
+    world.shadow = True
+    world.restart()
+    assert world.delivery.next(world.now) is None
+    assert world.delivery.wake(world.now) is None
+    assert world.parked() == dict.fromkeys(identifiers, "meter")
