@@ -124,7 +124,10 @@ class Counting:
                 if start <= at < end and partition.clock < deadline:
                     bucket = current
                 elif partition.clock < (window := window_start(at, size)) + grace:
-                    bucket = current = on_time.get(window) or opened(window, 0)
+                    found = on_time.get(window)
+                    if found is None and event is not None:
+                        return False  # opened for an event that proves uncountable, it would stay empty
+                    bucket = current = found or opened(window, 0)
                     start, end, deadline = window, window + size, window + grace
                 elif event is None:
                     bucket = late(window)

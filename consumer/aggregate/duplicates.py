@@ -82,8 +82,11 @@ class Remembered:
         return last is not None and self.interval - last <= INTERVALS
 
     def remember(self, digest: int) -> None:
-        """It arrived, for the first time or again, in the current interval."""
-        if self.seen.get(digest) != self.interval:
+        """It arrived, for the first time or again, in the current interval.
+
+        What was noted when intervals were longer may have come at the end of its own, which is still ahead.
+        """
+        if self.seen.get(digest, -1) < self.interval:
             self.seen[digest] = self.interval
             self.fresh.append(digest)
 

@@ -221,6 +221,15 @@ def test_a_record_that_its_producer_dates_ahead_is_a_dead_letter_and_moves_nothi
     assert stage.billed == "2"
 
 
+def test_a_record_dated_ahead_is_a_dead_letter_though_its_event_is_of_an_open_window() -> None:
+    """Nothing but its date is wrong with it; it is judged by that all the same, on the short path too."""
+    stage = Stage1(rules(), now=T0)
+    stage.write(None, T0, stamp_type=1)
+    stage.write(event("1", T0), T0 + 5 * MINUTE + 1, stamp_type=1)
+    stage.read()
+    assert stage.dead == {"arrival_in_future": 1}
+
+
 # Late and future events
 
 
@@ -322,6 +331,15 @@ def test_an_event_that_one_of_its_meters_cannot_count_is_counted_by_none(m: obje
     assert sum(stage.dead.values()) == 1
     stage.send(event("1", n=5, data={"model": "x", "m": 1.5}), T0)
     assert stage.billed == "8"
+
+
+@pytest.mark.parametrize("changes", [{"n": -1}, {"n": "none"}, {"subject": ...}, {"subject": "x" * 256}])
+def test_an_event_that_does_not_count_opens_no_window(changes: dict[str, object]) -> None:
+    """An empty window is lost in a crash, and until then it moves the clock of a quiet partition: by what is in memory,
+    and not by what the log says."""
+    stage = Stage1(rules())
+    stage.send(event("1", **changes), T0)  # type: ignore[arg-type]
+    assert (sum(stage.dead.values()), stage.aggregator.open_buckets, stage.aggregator.next_close) == (1, 0, None)
 
 
 def test_an_event_that_is_too_late_for_one_of_its_meters_is_counted_by_none() -> None:

@@ -239,6 +239,22 @@ def test_with_a_shorter_memory_ids_are_remembered_as_long_as_it_says() -> None:
     assert stage.aggregator.book.counted == 2
 
 
+@pytest.mark.parametrize("crashes", [False, True])
+def test_a_crash_does_not_change_for_how_long_an_id_is_remembered_after_a_shorter_memory(crashes: bool) -> None:
+    """Noted in a longer interval it may have come at that one's end, later than now: to renew it takes nothing back."""
+    longer = (48 * HOUR + FUTURE) // INTERVALS
+    first = (T0 // longer + 1) * longer
+    stage = Stage1(rules(ALWAYS, deduplicate_for=48 * HOUR))
+    stage.send(event("1"), first)
+    stage.configure(rules(ALWAYS, deduplicate_for=HOUR))
+    stage.send(event("1"), first + MINUTE)
+    stage.commit()
+    if crashes:
+        stage.crash()
+    stage.send(event("1"), first + 2 * HOUR)
+    assert (stage.aggregator.book.counted, stage.aggregator.book.duplicate) == (1, 2)
+
+
 def test_an_id_is_remembered_from_its_last_arrival_on_wherever_that_was_noted() -> None:
     """The setting was changed and changed back: what was noted in between is newer than what was noted before."""
     stage = Stage1(rules(ALWAYS))
@@ -274,6 +290,33 @@ def test_a_longer_memory_does_not_count_what_the_shorter_one_has_forgotten(steps
     stage.crash()
     stage.send(event("old", T0), last + HOUR)
     assert stage.aggregator.book.counted == len(steps) + 2
+
+
+def test_what_the_shortest_memory_has_forgotten_stays_forgotten_when_it_is_made_longer_twice() -> None:
+    """The second time tells of what was forgotten since the first one only."""
+
+    def of(deduplicate_for: int) -> Rules:
+        return rules(meter(accept_late=deduplicate_for), deduplicate_for=deduplicate_for)
+
+    stage = Stage1(of(HOUR))
+    stage.send(event("old", T0), T0)
+    stage.send(event("new", T0 + 2 * HOUR), T0 + 2 * HOUR)
+    for deduplicate_for in (3 * HOUR, DAY):
+        stage.configure(of(deduplicate_for))
+        stage.send(event(f"{deduplicate_for}", T0 + 2 * HOUR), T0 + 2 * HOUR)
+    stage.send(event("old", T0), T0 + 2 * HOUR)
+    assert stage.dead == {"late": 1}
+
+
+def test_what_a_shorter_memory_has_forgotten_is_not_counted_though_its_window_is_open() -> None:
+    """Windows may stay open for longer than ids were remembered; what is in time for them may have been counted."""
+    stage = Stage1(rules(meter(lateness=2 * HOUR), deduplicate_for=10 * MINUTE))
+    stage.send(event("old", T0), T0)
+    stage.send(event("new", T0 + HOUR), T0 + HOUR)
+    stage.configure(rules(meter(lateness=2 * HOUR)))
+    stage.send(event("other", T0 + 1), T0 + HOUR)
+    stage.send(event("old", T0), T0 + HOUR)
+    assert stage.dead == {"late": 2}
 
 
 def test_who_accepts_what_nobody_remembers_goes_on_doing_so() -> None:
