@@ -6,11 +6,14 @@ There may be 100,000 of them, so they are kept as they are stored.
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from consumer.deliver.entries import Entry, Reason, pack, unpack
 
 G = TypeVar("G")
+
+_SPARE: Final = 100
+"""So many that have gone are not worth the trouble of leaving them out."""
 
 
 class Oldest(Generic[G]):
@@ -18,21 +21,31 @@ class Oldest(Generic[G]):
 
     def __init__(self) -> None:
         self._group: dict[str, G] = {}
+        self._number: Counter[G] = Counter()
         self._heaps: dict[G, list[tuple[int, str]]] = {}
+        """With those that have gone, until they come first or are as many as the others."""
 
     def add(self, identifier: str, group: G, timestamp: int) -> None:
         """One more total."""
         self._group[identifier] = group
+        self._number[group] += 1
         heapq.heappush(self._heaps.setdefault(group, []), (timestamp, identifier))
 
     def remove(self, identifier: str) -> None:
         """One less."""
         group = self._group.pop(identifier)
+        self._number[group] -= 1
+        if not self._number[group]:
+            del self._number[group], self._heaps[group]
+            return
         heap = self._heaps[group]
-        while heap and self._group.get(heap[0][1]) != group:
+        while self._group.get(heap[0][1]) != group:
             heapq.heappop(heap)
-        if not heap:
-            del self._heaps[group]
+        if len(heap) > 2 * self._number[group] + _SPARE:
+            # Who has come back is in it twice.
+            there = list({each for each in heap if self._group.get(each[1]) == group})
+            heapq.heapify(there)
+            self._heaps[group] = there
 
     def by_group(self) -> dict[G, int]:
         """The earliest timestamp of each group, in seconds since the epoch."""
