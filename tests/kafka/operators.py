@@ -32,9 +32,10 @@ from consumer.storage.kafka_start import begin
 from consumer.storage.kafka_topics import Topics, ensure
 from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import locked
-from consumer.totals import Destination, Total
+from consumer.totals import Total
 from tests.kafka.harness import DAY, HOUR, until
 from tests.kafka.stores import Member
+from tests.totals import total_of
 from tests.unit.delivery_world import OK, REFUSED, Names
 
 PARTITIONS: Final = 3
@@ -51,11 +52,7 @@ T0: Final = now() // 60_000 * 60 - 2 * 3600
 
 def total(number: int, customer: str = "cus1", *, value: str = "5", meter: str = "tokens") -> Total:
     """The total of a minute; the later the number, the later the minute."""
-    start = T0 + number * 60
-    return Total(
-        f"tm1-{number}-{customer}", "test", meter, "e", 0, start, "1m", 0, start * 1000 + 180_000, customer, value, 3,
-        start + 7, 0, 9, Destination(meter),
-    )  # fmt: skip
+    return total_of(f"{number}-{customer}", T0 + number * 60 + 7, customer, value, meter=meter, event_name=meter)
 
 
 def heard(attempt: Attempt) -> Heard:

@@ -23,8 +23,8 @@ from consumer.sandbox.stripe_notifications import signature, thin
 from consumer.sandbox.stripe_server import Clock, StripeStandIn
 from consumer.storage import Append, Changes, Log, Stage
 from consumer.storage.sqlite import SqliteStore
-from consumer.totals import Destination as To
 from consumer.totals import Total
+from tests.totals import total_of
 
 SECRET: Final = "whsec_one"  # noqa: S105 - opens nothing
 OTHER: Final = "whsec_other"
@@ -36,11 +36,7 @@ BODY: Final = b'{"id": "evt_1", "object": "v2.core.event"}'
 
 
 def total(number: int = 1, customer: str = "alice") -> Total:
-    start = NOW // 60 * 60 - 600
-    return Total(
-        f"tm1-{number}-{customer}", "test", "ai", "e", 0, start, "1m", 0, start * 1000, customer, "5", 3, start + 7,
-        0, 9, To("tokens"),
-    )  # fmt: skip
+    return total_of(f"{number}-{customer}", NOW // 60 * 60 - 593, customer)
 
 
 def delivered(number: int = 1, *, key: str = "", how: Any = "delivered", **entry: Any) -> Outcome:

@@ -32,7 +32,8 @@ from consumer.runtime.source import Source, SourceError, Topic
 from consumer.storage import Append, Facts, Log, Stage
 from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import locked
-from consumer.totals import Command, Destination, Total
+from consumer.totals import Command, Total
+from tests.totals import total_of
 from tests.unit.delivery_world import NO_METER, OK, REFUSED, Names
 
 T0: Final = 1_793_534_400
@@ -151,11 +152,7 @@ def place(tmp_path: Path) -> Place:
 
 def total(number: int, customer: str = "alice", *, value: str = "5", meter: str = "tokens") -> Total:
     """The total of a minute; the later the number, the later the minute."""
-    start = T0 + number * 60
-    return Total(
-        f"tm1-{number}-{customer}", "test", meter, "e", 0, start, "1m", 0, start * 1000 + 180_000, customer, value, 3,
-        start + 7, 0, 9, Destination(meter),
-    )  # fmt: skip
+    return total_of(f"{number}-{customer}", T0 + number * 60 + 7, customer, value, meter=meter, event_name=meter)
 
 
 def heard(attempt: Attempt) -> Heard:

@@ -27,7 +27,8 @@ from consumer.sandbox.stripe_server import Clock, StripeStandIn
 from consumer.sandbox.stripe_wire import Call, read_call
 from consumer.storage import Append, Log, Stage
 from consumer.storage.sqlite import SqliteStore
-from consumer.totals import Command, Destination, Total
+from consumer.totals import Command, Total
+from tests.totals import total_of
 
 T0: Final = 1_793_534_400
 """2026-11-01T12:00:00Z."""
@@ -144,11 +145,8 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 
 def total(name: str, value: str = "5", customer: str = "cus_a", *, minute: int = 0) -> Total:
     """The total of a minute; their customers have all of them in the same one."""
-    start = T0 + minute * 60
-    return Total(
-        f"tm1-{name}", "test", "ai", "e7", 0, start, "1m", 0, start * 1000 + 180_000, customer, value, 3, start + 7, 40,
-        49, Destination("tokens"),
-    )  # fmt: skip
+    at = T0 + minute * 60 + 7
+    return total_of(name, at, customer, value, edition="e7", first_offset=40, last_offset=49)
 
 
 def test_a_doubt_that_is_at_stripe_is_found_there_and_discarded(desk: Desk) -> None:

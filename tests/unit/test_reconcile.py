@@ -28,7 +28,8 @@ from consumer.sandbox.stripe_server import Clock, StripeStandIn
 from consumer.sandbox.stripe_wire import read_call
 from consumer.storage import Append, Log, Stage
 from consumer.storage.sqlite import SqliteStore
-from consumer.totals import Comparison, Destination, Record, Rejection, Report, Total
+from consumer.totals import Comparison, Record, Rejection, Report, Total
+from tests.totals import total_of
 
 DAY: Final = 86_400
 T0: Final = 1_793_491_200
@@ -144,11 +145,16 @@ def account(tmp_path: Path) -> Iterator[Account]:
 def total(
     timestamp: int, customer: str = "cus_alice", value: str = "5", *, event_name: str = "tokens", offset: int = 0
 ) -> Total:
-    start = timestamp // 60 * 60
-    return Total(
-        f"tm1-{timestamp}-{customer}-{event_name}", "test", "ai", "e", 2, start, "1m", 0, start * 1000, customer,
-        value, 3, timestamp, offset, offset + 9, Destination(event_name),
-    )  # fmt: skip
+    return total_of(
+        f"{timestamp}-{customer}-{event_name}",
+        timestamp,
+        customer,
+        value,
+        event_name=event_name,
+        partition=2,
+        first_offset=offset,
+        last_offset=offset + 9,
+    )
 
 
 def later(account: Account, hours: int) -> None:

@@ -28,7 +28,8 @@ from consumer.deliver.reconciling import (
     plan,
     span,
 )
-from consumer.totals import SCALE, Destination, Report, Total
+from consumer.totals import SCALE, Report, Total
+from tests.totals import total_of
 
 T0: Final = 1_793_491_200
 """2026-11-01T00:00:00Z."""
@@ -38,10 +39,7 @@ SUBJECT: Final = Subject("tokens", "cus_alice")
 
 
 def total(timestamp: int = T0 + 7, value: str = "5", customer: str = "alice", name: str = "1") -> Total:
-    return Total(
-        f"tm1-{name}", "test", "tokens", "e", 0, timestamp // 60 * 60, "1m", 0, timestamp * 1000, customer, value, 3,
-        timestamp, 0, 9, Destination("tokens"),
-    )  # fmt: skip
+    return total_of(name, timestamp, customer, value)
 
 
 def outcome(how: Any = "delivered", timestamp: int = T0 + 7, billed: str = "5", **more: Any) -> Outcome:
