@@ -148,6 +148,7 @@ class Comparison(msgspec.Struct, frozen=True, tag_field="kind", tag="comparison"
 Record = Total | Advance | Command | Rejection | Report | Comparison
 
 _COMMAND: Final = b'{"kind":"command",'
+_OF_STAGE_1: Final = (b'{"kind":"total",', b'{"kind":"advance",')
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
@@ -165,6 +166,11 @@ def decode(value: bytes) -> Record:
 def is_command(value: bytes) -> bool:
     """Whether a record of the totals log is an operator's decision, told without decoding what is not."""
     return value.startswith(_COMMAND)
+
+
+def is_of_stage_1(value: bytes) -> bool:
+    """Whether a record of the totals log is a total or an advance; all others came from people or from Stripe."""
+    return value.startswith(_OF_STAGE_1)
 
 
 def plain(scaled: int) -> str:

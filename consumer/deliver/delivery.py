@@ -287,8 +287,16 @@ class Delivery:
         self._journal.move(offset + 1)
         if isinstance(record, Total):
             self._begin(record, now)
-        elif isinstance(record, Command):
-            self.obey(record, now)
+        else:
+            self.hear(record, now)
+
+    def hear(self, record: Record, now: int) -> None:
+        """Take what people decided, or Stripe reported: also before what lies before it is read.
+
+        To hear it twice is to hear it once.
+        """
+        if isinstance(record, Command):
+            self._obey(record, now)
         elif isinstance(record, Rejection):
             self._reject(record, now)
         elif isinstance(record, Noted):
@@ -333,8 +341,8 @@ class Delivery:
             self._journal.put(*entry)
         return entry is not None
 
-    def obey(self, command: Command, now: int) -> None:
-        """Do what an operator decided about a parked total; to do it twice is to do it once."""
+    def _obey(self, command: Command, now: int) -> None:
+        """Do what an operator decided about a parked total."""
         identifier = command.identifier
         entry = self._parked.get(identifier)
         refusal = "it is not parked" if entry is None else _refusal(entry, command)

@@ -23,7 +23,7 @@ from consumer.runtime.restoring import Restoring
 from consumer.runtime.stripe import CONNECTIONS, Stripe
 from consumer.runtime.totals_log import TotalsLog
 from consumer.storage import Changes, CommitFailed, Progress, Stage, Store
-from consumer.totals import Command, Total
+from consumer.totals import Total
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -67,8 +67,8 @@ class Partition:
     delivery: Delivery
     next: int
     """The offset of the next record to read."""
-    obeyed_below: int = 0
-    """Commands below this offset have been carried out, though totals before them have not been read."""
+    heard_below: int = 0
+    """What people decided and Stripe reported below this offset is done, though totals before it are not read."""
     noted: int = 0
     """How many notes of the delivery have been logged."""
 
@@ -100,7 +100,7 @@ class Reporter:
             membership: which partitions are ours.
             restore: gives a partition as its last commit left it; called in the background.
             unread: the totals log.
-            ahead: the same, to look for commands where no total may be read.
+            ahead: the same, to look for what people decide and Stripe reports where no total may be read.
             deliver: a core for one more partition.
             stripe: where totals are sent.
             outlet: what all cores have in common, with the rate of all partitions.
@@ -108,7 +108,7 @@ class Reporter:
             clock: the host's.
             customers: who they are at Stripe.
             file: where that is written, if it can change.
-            hold: send nothing, and leave totals in their log.
+            hold: send nothing, and leave totals in their log; what is decided and reported is heard.
             observe: is told of every answer, and how many seconds it took.
         """
         self._store = store
@@ -288,8 +288,7 @@ class Reporter:
             await asyncio.to_thread(self._membership.poll)
         self._take_over()
         self._look_at_customers()
-        if not self._hold:
-            await self._read()
+        await self._read()
         if any(each.due for each in self.deliveries):
             # With what the others have: a commit costs as much for one partition as for all.
             await self._commit(self._changes(self.partitions))
@@ -315,10 +314,10 @@ class Reporter:
         wanted = {
             number: (partition.next, min(room, READ_AT_ONCE))
             for number, partition in self.partitions.items()
-            if (room := partition.delivery.room) > 0
+            if not self._hold and (room := partition.delivery.room) > 0
         }
         full = {
-            number: max(partition.obeyed_below, partition.next)
+            number: max(partition.heard_below, partition.next)
             for number, partition in self.partitions.items()
             if number not in wanted
         }
@@ -331,14 +330,13 @@ class Reporter:
         for number, records in found.items():
             partition = self.partitions[number]
             for each in records:
-                record = totals.decode(each.value)
-                if not (isinstance(record, Command) and each.offset < partition.obeyed_below):
-                    partition.delivery.read(each.offset, record, now)
+                if each.offset >= partition.heard_below or totals.is_of_stage_1(each.value):
+                    partition.delivery.read(each.offset, totals.decode(each.value), now)
             if records:
                 partition.next = records[-1].offset + 1
                 self._news.set()
         if full:
-            await self._look_for_commands(full)
+            await self._hear(full)
         for partition in self.partitions.values():
             self._tell(partition)
 
@@ -349,18 +347,19 @@ class Reporter:
         for note in list(delivery.notes)[-new:] if new else ():
             log.warning("record_not_applied", identifier=note.identifier, reason=note.text)
 
-    async def _look_for_commands(self, full: dict[int, int]) -> None:
-        """Where no total may be read, an operator's decision further on in the log may be what makes room."""
+    async def _hear(self, full: dict[int, int]) -> None:
+        """Where no total may be read, a decision further on in the log may be what makes room; and whoever holds or
+        pauses wants to see what is reported."""
         found = await asyncio.to_thread(
             lambda: {number: self._ahead.read(number, offset, READ_AT_ONCE) for number, offset in full.items()}
         )
         for number, records in found.items():
             partition = self.partitions[number]
             for each in records:
-                if totals.is_command(each.value) and isinstance(record := totals.decode(each.value), Command):
-                    partition.delivery.obey(record, self._clock.now())
+                if not totals.is_of_stage_1(each.value):
+                    partition.delivery.hear(totals.decode(each.value), self._clock.now())
             if records:
-                partition.obeyed_below = records[-1].offset + 1
+                partition.heard_below = records[-1].offset + 1
                 self._news.set()
 
     # Commits

@@ -221,7 +221,7 @@ def test_the_same_command_twice_releases_once_even_if_the_total_is_parked_again(
     world = World()
     identifier = in_doubt(world, arrived=False)
     release = world.command("release", identifier)
-    world.delivery.obey(release, world.now)
+    world.delivery.hear(release, world.now)
     world.commit()
     world.delivery.answered(world.must_send(), REFUSED, world.now)
     world.commit()

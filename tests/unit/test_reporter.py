@@ -1,0 +1,169 @@
+"""The loop of stage 2 on a store of its own: what people decide and Stripe reports where no total may be read."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import pytest
+
+from consumer import totals
+from consumer.deliver.customers import Customers
+from consumer.deliver.delivery import Delivery
+from consumer.deliver.entries import Entry, Reason, State, decode_outcome, encode_outcome, outcome, pack, refused
+from consumer.deliver.pacing import Outlet
+from consumer.runtime.clocks import SystemClock
+from consumer.runtime.customers import Passthrough
+from consumer.runtime.membership import Alone
+from consumer.runtime.reporter import Reporter
+from consumer.runtime.stripe import Stripe
+from consumer.runtime.totals_log import SqliteTotals
+from consumer.sandbox.stripe import SECRET_KEY
+from consumer.sandbox.stripe_server import StripeStandIn
+from consumer.storage import Append, Changes, Log, Stage
+from consumer.storage.sqlite import SqliteStore
+from consumer.totals import Command, Compared, Comparison, Record, Rejection, Report, Total
+from tests.totals import total_of
+
+NOW: Final = int(time.time())
+CLOCK: Final = SystemClock()
+WITHIN_S: Final = 30.0
+
+
+class Desk:
+    """The store of a pipeline whose stage 1 has closed some totals."""
+
+    def __init__(self, store: SqliteStore, stripe: StripeStandIn) -> None:
+        self.store = store
+        self.stripe = stripe
+
+    def write(self, *records: Record) -> None:
+        """More in the totals log."""
+        self.store.append(Append(Log.TOTALS, b"k", totals.encode(each)) for each in records)
+
+    def park(self, *given: Total) -> None:
+        """All of these are read, and Stripe has refused them."""
+        self.write(*given)
+        entries = [Entry(each, State.PARKED, "cus_1", reason=Reason.REFUSED, parking=1) for each in given]
+        puts = {each.total.identifier.encode(): pack(each) for each in entries}
+        self.store.commit(Stage.DELIVER, {0: Changes(len(given) + 1, puts)})
+
+    def run(self, until: Callable[[], object], *, hold: bool = False, parked: int = 100) -> None:
+        """One life of stage 2, until something is durable."""
+
+        async def live() -> None:
+            outlet = Outlet(1000)
+            stripe = Stripe(SECRET_KEY, api_base=self.stripe.url, livemode=False, clock=CLOCK)
+
+            def deliver(customers: Customers) -> Delivery:
+                return Delivery(customers=customers, in_flight=100, parked_limit=parked, outlet=outlet)
+
+            reporter = Reporter(
+                self.store,
+                Alone(1),
+                lambda *_: self.state(),
+                unread=SqliteTotals(self.store),
+                ahead=SqliteTotals(self.store),
+                deliver=deliver,
+                stripe=stripe,
+                outlet=outlet,
+                spread=1,
+                clock=CLOCK,
+                customers=Passthrough(),
+                file=None,
+                hold=hold,
+                observe=lambda *_: None,
+            )
+            stop = asyncio.Event()
+            running = asyncio.create_task(reporter.run(stop))
+            deadline = time.monotonic() + WITHIN_S
+            while not until() and not running.done():
+                assert time.monotonic() < deadline, "it does not come about"
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(running), 0.02)
+            stop.set()
+            await running
+            await stripe.close()
+
+        asyncio.run(live())
+
+    def state(self) -> tuple[int, list[tuple[bytes, bytes]]]:
+        """How far the totals log has been read, and the entries."""
+        restored = self.store.restore(Stage.DELIVER, 0)
+        assert restored is not None
+        return restored.offset, list(restored.entries)
+
+    @property
+    def keys(self) -> set[str]:
+        return {key.decode() for key, _ in self.state()[1]}
+
+    @property
+    def became(self) -> list[tuple[str, str]]:
+        """What became of totals, in order."""
+        found = [decode_outcome(each.value) for each in self.store.read(Log.OUTCOMES, 0, 100)]
+        return [(each.identifier, each.how) for each in found]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    with (
+        StripeStandIn(accept_any_customer=True) as stripe,
+        SqliteStore.open(tmp_path / "tallyman.db", now=CLOCK.now, create=True, lock=True) as store,
+    ):
+        stripe.model.add_meter("tokens")
+        yield Desk(store, stripe)
+
+
+def discard(of: Total) -> Command:
+    return Command("discard", of.identifier, "ann", "test customer", CLOCK.now(), 1)
+
+
+def report(name: str) -> Report:
+    return Report(name, CLOCK.now(), "tokens", NOW - 60, NOW, {"no_meter": 7}, 1)
+
+
+def rejection(of: Total) -> Rejection:
+    """Of a total that was delivered."""
+    ended = outcome(Entry(of, customer="cus_1"), "delivered", CLOCK.now(), key=of.identifier)
+    then = msgspec.Raw(encode_outcome(refused(ended, "no_meter: gone", CLOCK.now())))
+    return Rejection(of.identifier, of.identifier, "no_meter", "gone", "evt_1", CLOCK.now(), then)
+
+
+def test_on_hold_what_is_decided_and_reported_is_done_once_and_totals_stay_in_their_log(desk: Desk) -> None:
+    """Hold may last for days: who clears up meanwhile, or looks at Stripe's reports, sees what comes of it."""
+    first, second, unread, gone = (total_of(name, NOW - 600, "cus_1") for name in ("1", "2", "unread", "gone"))
+    desk.park(first, second)
+    comparison = Comparison(CLOCK.now(), {"tokens": Compared(CLOCK.now(), 0, 86_400, differs=1, missing="5")})
+    desk.write(unread, discard(first), rejection(gone), report("evt_1"), comparison)
+
+    desk.run(lambda: "comparison/" in desk.keys, hold=True)
+    decided = [(first.identifier, "discarded"), (gone.identifier, "refused")]
+    assert desk.became == decided
+    assert desk.state()[0] == 3, "the next total is not read"
+    assert {"report/evt_1", f"rejected/{gone.identifier}", second.identifier} <= desk.keys
+
+    desk.write(discard(second))
+    desk.run(lambda: len(desk.became) > len(decided), hold=True)
+    decided.append((second.identifier, "discarded"))
+    assert desk.became == decided
+
+    desk.run(lambda: len(desk.became) > len(decided))
+    assert desk.became == [*decided, (unread.identifier, "delivered")]
+    assert [each.identifier for each in desk.stripe.model.events] == [unread.identifier]
+
+
+def test_where_too_many_are_parked_what_stripe_reports_and_who_makes_room_is_heard(desk: Desk) -> None:
+    parked, unread = total_of("1", NOW - 600, "cus_1"), total_of("unread", NOW - 600, "cus_1")
+    desk.park(parked)
+    desk.write(unread, report("evt_1"))
+    desk.run(lambda: "report/evt_1" in desk.keys, parked=1)
+    assert desk.became == []
+
+    desk.write(discard(parked))
+    desk.run(lambda: len(desk.became) == 2, parked=1)
+    assert desk.became == [(parked.identifier, "discarded"), (unread.identifier, "delivered")]
