@@ -198,9 +198,7 @@ def _ask(reads: StripeReads, places: AbstractSet[Place]) -> dict[Place, Seen | s
     failed = ""
     meters: dict[str, Meter] = {}
     try:
-        for each in reads.meters():
-            if each.event_name not in meters or each.status == "active":
-                meters[each.event_name] = each
+        meters = reads.meters()
     except ReadFailed as wrong:
         failed = _end(wrong)
     for place in sorted(places):

@@ -223,9 +223,7 @@ class _Comparison:
         self._budget = budget
         self._asked: set[Subject] = set()
         self._equal: Counter[str] = Counter()
-        # An active meter, where there is one, comes after the inactive ones of its name.
-        meters = sorted(stripe.meters(), key=lambda each: each.status == "active")
-        self._meters = {meter.event_name: meter.id for meter in meters}
+        self._meters = {event_name: meter.id for event_name, meter in stripe.meters().items()}
         self._found: list[_Found] = []
         self._hours: Books = {}
         self._parts: dict[tuple[Subject, int], list[Part]] = {}

@@ -137,10 +137,7 @@ def _pieces(config: Config, stripe: Account, terms: Terms, customer: str | None)
 
 
 def _meters(stripe: Account, wanted: Mapping[str, tuple[Destination, list[str]]]) -> dict[str, Meter | None]:
-    there: dict[str, Meter] = {}
-    for meter in stripe.meters():
-        if meter.event_name not in there or meter.status == "active":
-            there[meter.event_name] = meter
+    there = stripe.meters()
     wrong = [
         f"{event_name}: {reason}."
         for event_name, (destination, _) in wanted.items()
@@ -153,7 +150,7 @@ def _meters(stripe: Account, wanted: Mapping[str, tuple[Destination, list[str]]]
 
 
 def _price(stripe: Account, name: str, meter_id: str, terms: Terms, lookup_key: str) -> Iterator[Piece]:
-    there = stripe.prices(meter_id, active=True)
+    there = stripe.prices(meter_id)
     if there:
         price = min(there, key=lambda each: each.lookup_key != lookup_key)
         more = f", and {len(there) - 1} more" if len(there) > 1 else ""

@@ -43,7 +43,7 @@ def misbilling(config: Config, key: str, clock: Clock) -> str | None:
     """
     reads = _Probe(key, api_base=config.stripe.api_base, livemode=config.stripe.livemode, clock=clock, attempts=1)
     try:
-        there = _by_name(reads.meters())
+        there = reads.meters()
     finally:
         reads.close()
     wrong = [
@@ -53,11 +53,6 @@ def misbilling(config: Config, key: str, clock: Clock) -> str | None:
         for reason in misbills(there[event_name])
     ]
     return "\n".join(["Stripe would bill wrongly:", *wrong]) if wrong else None
-
-
-def _by_name(meters: list[Meter]) -> dict[str, Meter]:
-    """An active meter before an inactive one."""
-    return {each.event_name: each for each in sorted(meters, key=lambda each: each.status == "active")}
 
 
 # What `check` asks
@@ -112,7 +107,7 @@ def _found(config: Config, reads: _Probe, clock: Clock) -> Iterator[Finding]:
         yield _wrong(config, "account", str(refused))
     if reads.date is not None:
         yield _clock(reads.now() - clock.now())
-    there = _by_name(reads.meters())
+    there = reads.meters()
     yield Finding("ok", "account", f"Stripe answers, and shows {len(there)} meters")
     for event_name, (destination, names) in destinations(config).items():
         meter = there.get(event_name)
@@ -133,7 +128,7 @@ def _found(config: Config, reads: _Probe, clock: Clock) -> Iterator[Finding]:
 
 def _price(reads: StripeReads, meter: Meter) -> Finding:
     try:
-        prices = reads.prices(meter.id, active=True)
+        prices = reads.prices(meter.id)
     except KeyRefused as refused:
         return Finding("warning", "price", f"{meter.event_name}: {refused}, to have prices looked at")
     if not prices:

@@ -165,22 +165,17 @@ class StripeReads:
 
     # What is asked for. All of these raise ReadFailed, and WrongMode where the account is another than was meant.
 
-    def meters(self, *, status: Literal["active", "inactive"] | None = None) -> list[Meter]:
-        """All meters, the newest first; the inactive ones too, unless asked otherwise."""
-        params = {"status": status} if status else {}
-        rows = self._rows("meters", self._client.v1.billing.meters.list, params)
-        return [_meter(each) for each in rows]
+    def meters(self) -> dict[str, Meter]:
+        """The meter of each event name: of several the active one, or else the newest."""
+        found: dict[str, Meter] = {}
+        for each in map(_meter, self._rows("meters", self._client.v1.billing.meters.list, {})):
+            if each.event_name not in found or each.status == "active":
+                found[each.event_name] = each
+        return found
 
-    def meter(self, event_name: str) -> Meter | None:
-        """The meter of this event name, active before inactive; None where there is none."""
-        found = [each for each in self.meters() if each.event_name == event_name]
-        return min(found, key=lambda each: each.status != "active", default=None)
-
-    def prices(self, meter_id: str, *, active: bool | None = None) -> list[Price]:
-        """The prices by which this meter's usage is billed."""
-        params: dict[str, Any] = {"recurring": {"meter": meter_id}}
-        if active is not None:
-            params["active"] = active
+    def prices(self, meter_id: str) -> list[Price]:
+        """The active prices by which this meter's usage is billed."""
+        params = {"recurring": {"meter": meter_id}, "active": True}
         rows = self._rows("prices", self._client.v1.prices.list, params)
         return [price for each in rows if (price := _price(each)).meter == meter_id]
 

@@ -218,7 +218,7 @@ WANTED: Final = Destination("tokens")
 REQUESTS: Final[dict[str, list[Callable[[Mock], None]]]] = {
     SENDING: [send],
     "v1.billing.meter_events.create": [try_sending],
-    "v1.billing.meters.list": [read(lambda on: on.meters()), read(lambda on: on.meters(status="inactive"))],
+    "v1.billing.meters.list": [read(lambda on: on.meters())],
     "v1.billing.meters.retrieve": [read(lambda on: on.event_name("mtr_1"))],
     "v1.billing.meters.create": [read(lambda on: on.make_meter("tokens", WANTED))],
     "v1.billing.meters.event_summaries.list": [
@@ -229,7 +229,6 @@ REQUESTS: Final[dict[str, list[Callable[[Mock], None]]]] = {
     ],
     "v1.prices.list": [
         read(lambda on: on.prices("mtr_1")),
-        read(lambda on: on.prices("mtr_1", active=True)),
         read(lambda on: on.holder("tallyman-tokens")),
     ],
     "v1.prices.create": [

@@ -77,19 +77,27 @@ def test_all_meters_are_found_however_many_pages_they_fill(stand_in: StripeStand
         stand_in.model.add_meter(f"m{number}")
     stand_in.model.add_meter("daily", formula="count", event_time_window="day", customer_key="who")
     with client() as reads:
-        assert len(reads.meters()) == 231
+        found = reads.meters()
+        assert len(found) == 231
         assert reads.calls == 3
-        meter = reads.meter("daily")
-        assert meter is not None
+        meter = found["daily"]
         assert (meter.formula, meter.event_time_window, meter.customer_key, meter.sums) == (
             "count",
             "day",
             "who",
             False,
         )
-        assert (found := reads.meter("m0")) is not None
-        assert found.sums
-        assert reads.meter("none") is None
+        assert found["m0"].sums
+
+
+def test_of_several_meters_of_one_event_name_the_active_one_counts_or_else_the_newest(
+    stand_in: StripeStandIn, client: Client
+) -> None:
+    add = stand_in.model.add_meter
+    _, active, _ = (add("used", deactivated_at=at) for at in (NOW, None, NOW))
+    _, newest = (add("left", deactivated_at=NOW) for _ in range(2))
+    with client() as reads:
+        assert {name: each.id for name, each in reads.meters().items()} == {"used": active.id, "left": newest.id}
 
 
 def test_a_minute_is_the_sum_of_its_events_and_nothing_known_is_zero(stand_in: StripeStandIn, client: Client) -> None:
