@@ -37,6 +37,9 @@ LOG_APPEND_TIME: Final = 2
 CLOSINGS_PER_COMMIT: Final = 10_000
 """So that a backlog's many windows make no commit that takes long or grows without bound."""
 
+_ROW_BYTES: Final = 150
+"""About what a customer in an open bucket takes in a commit, key and all."""
+
 _LONGEST_DETAIL: Final = 500
 """Characters of what is said about a dead letter: it quotes the event, which may be of any size."""
 
@@ -75,6 +78,8 @@ class Aggregator:
         self.book = PartitionBook(clock=clock)
         self._meter_books: dict[str, MeterBook] = {}
         self._appends: list[Append] = []
+        self._buried = 0
+        """Bytes of dead letters since the last commit."""
         self._changed = False
         self._restore(entries, rules.deduplicate_for)
         self._interval_end = self._remembered.enter(self.book.arrival)
@@ -256,12 +261,17 @@ class Aggregator:
         """Whether there is anything to commit."""
         return self._changed or self.closing
 
+    @property
+    def unsaved(self) -> int:
+        """About how many bytes the next commit would write, if nothing closed."""
+        return len(self._buckets.touched) * _ROW_BYTES + self._buried
+
     # Committing
 
-    def commit(self) -> Changes:
-        """Close what is due, at most 10,000 totals of it, and say what has to be made durable."""
-        closings = self._buckets.close(self.book.clock, CLOSINGS_PER_COMMIT)
-        appends, self._appends = self._appends, []
+    def commit(self, most: int = CLOSINGS_PER_COMMIT) -> Changes:
+        """Close what is due, at most so many totals of it, and say what has to be made durable."""
+        closings = self._buckets.close(self.book.clock, most)
+        appends, self._appends, self._buried = self._appends, [], 0
         for closing in closings:
             total = self._total(closing)
             book = self._meter_books[total.meter]
@@ -335,6 +345,7 @@ class Aggregator:
             if len(whole) <= LARGEST_LETTER:
                 encoded = whole
         self._appends.append(Append(Log.DEAD_LETTERS, b"%d" % self.source.partition, encoded))
+        self._buried += len(encoded)
 
     def _restore(self, entries: Iterable[tuple[bytes, bytes]], deduplicate_for: int) -> None:
         rows: list[tuple[bytes, bytes]] = []

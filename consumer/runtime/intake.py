@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
-from consumer.aggregate.aggregator import LOG_APPEND_TIME, Aggregator, Record
+from consumer.aggregate.aggregator import CLOSINGS_PER_COMMIT, LOG_APPEND_TIME, Aggregator, Record
 from consumer.aggregate.clock import QuietClock, Reading
 from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.runtime.clocks import Clock
@@ -23,13 +23,15 @@ from consumer.runtime.commits import Commits
 from consumer.runtime.membership import Membership
 from consumer.runtime.restoring import Restoring
 from consumer.runtime.source import Ends, Silence, Source, SourceError
-from consumer.storage import CommitFailed, Progress, Stage, Store
+from consumer.storage import Changes, CommitFailed, Progress, Stage, Store
 
 log = structlog.get_logger()
 
 BATCH: Final = 500
 """Records asked for at once: the fastest size measured, and small enough to look at the clock often."""
 BATCH_S: Final = 0.05
+COMMIT_BYTES: Final = 32 * 2**20
+"""A commit is due when it would write so much: what one takes too long for would be read again, and again, for ever."""
 LOOK_AGAIN_MS: Final = 1_000
 """How often quiet and waiting partitions are looked at."""
 LOOK_AT_TOPIC_MS: Final = 10_000
@@ -197,6 +199,7 @@ class Intake:
         for number, records in self._sorted(messages).items():
             self._heard_at = elapsed
             self._take(number, records, now, elapsed)
+        if messages:
             self._check_limit()
         if elapsed - self._looked_at >= LOOK_AGAIN_MS:
             self._looked_at = elapsed
@@ -327,16 +330,21 @@ class Intake:
             )
 
     def _commit_is_due(self, elapsed: int) -> bool:
-        return self._draining or elapsed - self._committed_at >= self._commit_every
+        return (
+            self._draining
+            or elapsed - self._committed_at >= self._commit_every
+            or sum(partition.aggregator.unsaved for partition in self.partitions.values()) >= COMMIT_BYTES
+        )
 
     def _commit(self, partitions: Collection[int]) -> None:
         began = self._clock.elapsed()
         self._committed_at = began
-        changes = {
-            number: partition.aggregator.commit()
-            for number, partition in self.partitions.items()
-            if number in partitions and partition.aggregator.changed
-        }
+        changes: dict[int, Changes] = {}
+        room = CLOSINGS_PER_COMMIT
+        for number, partition in self.partitions.items():
+            if number in partitions and partition.aggregator.changed:
+                changes[number] = partition.aggregator.commit(room)
+                room = max(0, room - len(changes[number].appends))
         if not changes:
             self._draining = False
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from consumer.aggregate.aggregator import Aggregator, Record
 from consumer.aggregate.clock import Reading
 from consumer.aggregate.meters import Source as Identity
 from consumer.config import load
-from consumer.runtime import embedded, processors, service
+from consumer.runtime import embedded, intake, processors, service
 from consumer.runtime.intake import Intake, IntakeStopped, Partition
 from consumer.runtime.membership import Alone
 from consumer.sandbox.kafka import Kafka
@@ -549,3 +550,46 @@ def test_customers_whose_windows_are_due_do_not_stop_the_reader(kafka: Kafka, re
         topic.produce(*(event(1, customer=f"cus_{m}", at=at) for m in range(6)), at=at)
     reader.consume(72)
     assert len(reader.totals) >= 60
+
+
+def test_a_commit_closes_at_most_10_000_totals_however_many_partitions_there_are(
+    kafka: Kafka, reading: Reading_
+) -> None:
+    """Hundreds of partitions whose windows close at once would make a transaction that the broker times out, for ever.
+
+    Each of them would be within its bound.
+    """
+    topic = Topic.create(kafka, 3, arrival="create_time")
+    reader = reading(topic)
+    reader.intake._commit_every = HOUR
+    past = real_now() - HOUR
+    for number in range(3):
+        topic.produce(*(event(1, customer=f"cus_{n}", at=past) for n in range(4_000)), at=past, partition=number)
+        topic.produce(None, at=past + HOUR, partition=number)
+    for number in range(3):
+        reader.consume(4_001, number)
+    assert reader.totals == []
+    reader.clock.pass_time(HOUR)
+    reader.turn(lambda: len(reader.totals) == 12_000, "all windows are closed")
+    commits = Counter(each.appended_at for each in reader.store.read(Log.TOTALS, 0, 100_000))
+    assert sorted(commits.values()) == [2_000, 10_000]
+
+
+@pytest.mark.parametrize("many", ["dead letters", "customers"])
+def test_much_that_waits_to_be_committed_is_committed_before_its_time(
+    kafka: Kafka, reading: Reading_, monkeypatch: pytest.MonkeyPatch, many: str
+) -> None:
+    """Memory would grow by whatever comes in until then, and a commit that takes too long would be begun for ever."""
+    monkeypatch.setattr(intake, "COMMIT_BYTES", 1_000_000)
+    topic = Topic.create(kafka)
+    reader = reading(topic)
+    reader.intake._commit_every = HOUR
+    records = (
+        [b"[" * 200_000] * 6
+        if many == "dead letters"
+        else [event(1, customer=f"cus_{number}") for number in range(8_000)]
+    )
+    topic.produce(*records)
+    reader.consume(len(records))
+    assert reader.intake.commits.last is not None
+    assert sum(each.aggregator.unsaved for each in reader.intake.partitions.values()) < 1_000_000

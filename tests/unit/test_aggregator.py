@@ -224,10 +224,9 @@ def test_a_record_that_its_producer_dates_ahead_is_a_dead_letter_and_moves_nothi
 def test_a_record_dated_ahead_is_a_dead_letter_though_its_event_is_of_an_open_window() -> None:
     """Nothing but its date is wrong with it; it is judged by that all the same, on the short path too."""
     stage = Stage1(rules(), now=T0)
-    stage.write(None, T0, stamp_type=1)
-    stage.write(event("1", T0), T0 + 5 * MINUTE + 1, stamp_type=1)
-    stage.read()
-    assert stage.dead == {"arrival_in_future": 1}
+    stage.send(event("1", T0), T0, stamp_type=1)
+    stage.send(event("2", T0), T0 + 5 * MINUTE + 1, stamp_type=1)
+    assert (stage.dead, stage.billed) == ({"arrival_in_future": 1}, "1")
 
 
 # Late and future events

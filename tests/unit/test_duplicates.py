@@ -312,11 +312,14 @@ def test_what_a_shorter_memory_has_forgotten_is_not_counted_though_its_window_is
     """Windows may stay open for longer than ids were remembered; what is in time for them may have been counted."""
     stage = Stage1(rules(meter(lateness=2 * HOUR), deduplicate_for=10 * MINUTE))
     stage.send(event("old", T0), T0)
-    stage.send(event("new", T0 + HOUR), T0 + HOUR)
+    now = T0 + HOUR + 30 * SECOND
+    stage.send(event("new", now), now)
     stage.configure(rules(meter(lateness=2 * HOUR)))
-    stage.send(event("other", T0 + 1), T0 + HOUR)
-    stage.send(event("old", T0), T0 + HOUR)
-    assert stage.dead == {"late": 2}
+    known_from = now - 10 * MINUTE
+    stage.send(event("other", known_from), now)
+    stage.send(event("another", known_from - 1), now)
+    stage.send(event("old", T0), now)
+    assert (stage.dead, stage.aggregator.book.counted) == ({"late": 2}, 3)
 
 
 def test_who_accepts_what_nobody_remembers_goes_on_doing_so() -> None:
