@@ -742,6 +742,31 @@ def test_a_total_that_is_in_the_log_twice_counts_once() -> None:
     assert world.balanced()
 
 
+def test_a_total_that_is_set_aside_or_parked_and_is_in_the_log_once_more_counts_once() -> None:
+    world = World(in_flight=1)
+    world.total()
+    world.read()
+    aside, parked = world.total(), world.total("carol")
+    world.log += [world.log[1], world.log[2]]
+    world.obey()
+    assert (world.delivery.in_flight, world.delivery.aside, list(world.parked())) == (1, 1, [parked])
+    assert [each.identifier for each in world.delivery.notes] == [aside, parked]
+    world.run(world.now + MINUTE)
+    assert [each.how for each in world.outcomes] == ["delivered", "delivered"]
+    assert world.balanced()
+
+
+def test_a_lookup_that_fails_while_the_mapping_changes_moves_nobody() -> None:
+    """What is marked stays marked and goes out; looked at anew it would wait for the next lookup."""
+    world = World()
+    identifier = world.total()
+    world.read()
+    world.commit()
+    world.names.fails = True
+    world.delivery.remap(world.names, world.now)
+    assert world.must_send().identifier == identifier
+
+
 def test_a_total_that_is_there_again_before_its_end_is_durable_keeps_its_entry() -> None:
     """The new entry and the removal of the old one are in the same commit; the new one wins."""
     world = World()
