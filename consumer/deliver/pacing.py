@@ -138,6 +138,8 @@ class Gate:
     """More refusals than this among the last ATTEMPTS, of at least CUSTOMERS customers, are not about single totals."""
     CUSTOMERS: Final = 5
     PROBE_EVERY: Final = 30 * SECOND
+    UNKNOWN: Final = 10
+    """So many totals are risked, one a second, where Stripe takes them and does not say what its meters are."""
 
     def __init__(self) -> None:
         self.shut: Shut | None = None
@@ -151,8 +153,21 @@ class Gate:
         """How often a probe was called for with somebody else's total, one that has not been tried: the first ones may
         never be answered though Stripe is there. After 2, 4, 8 … probes in vain, for each of them may be a doubt."""
         self._probes = 0
+        self._risked: int | None = None
+        """How many totals have been taken by meters of which nobody knows what they bill; None where that is known."""
         self._last: deque[str | None] = deque()
         self._refused: Counter[str] = Counter()
+
+    def meters_unknown(self, now: int) -> None:
+        """Stripe has not said yet what its meters bill, as if it were down; until it has, or for long enough, probe."""
+        self._risked = 0
+        self._close(Shut.DOWN, now)
+
+    def meters_known(self) -> None:
+        """They bill what they are sent. Whoever said so is there, unless probes tell otherwise: these go on."""
+        if self._risked is not None and self.shut is Shut.DOWN and not self._probes:
+            self._open()
+        self._risked = None
 
     def heard(self, verdict: Verdict, customer: str, *, probe: bool, now: int) -> None:
         """Take an answer into account. Of those to come while it is shut, only the probe's can open it."""
@@ -172,12 +187,21 @@ class Gate:
         elif verdict is Verdict.UNAUTHORISED and self.shut is not Shut.UNAUTHORISED:
             self._close(Shut.UNAUTHORISED, now)
         elif probe and verdict in _CURES[self.shut]:
-            self._open()
+            self._cured(now)
         elif probe:
             self._probes += 1
             self.unheard.add(customer)
             if self.shut is Shut.DOWN and self._probes > 1 and not self._probes & (self._probes - 1):
                 self.fresh += 1
+            self._plan(now)
+
+    def _cured(self, now: int) -> None:
+        if self._risked is not None:
+            self._risked += 1
+        if self._risked is None or self._risked >= self.UNKNOWN:
+            self._open()
+        else:
+            self._probes = 0
             self._plan(now)
 
     def _remember(self, refused: str | None) -> None:
@@ -252,6 +276,19 @@ class Outlet:
             self.pacing.too_fast(now)
         elif isinstance(heard, Answer) and heard.status < 500:
             self.pacing.went_well(now)
+        self._begin_slowly(was, now)
+
+    def meters_unknown(self, now: int) -> None:
+        """Stripe has not said what its meters bill: one total at a time finds out whether it takes any."""
+        self.gate.meters_unknown(now)
+
+    def meters_known(self, now: int) -> None:
+        """It has said it, and they bill what they are sent."""
+        was = self.gate.shut
+        self.gate.meters_known()
+        self._begin_slowly(was, now)
+
+    def _begin_slowly(self, was: Shut | None, now: int) -> None:
         if was is Shut.DOWN and not self.gate.shut:
             self.pacing.start_over(now)
 

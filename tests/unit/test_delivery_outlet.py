@@ -109,6 +109,50 @@ def run(*worlds: World, until: int, answer: Callable[[Attempt], Heard] | None = 
 # The gate
 
 
+def test_until_stripe_has_said_what_its_meters_bill_few_totals_are_risked() -> None:
+    """It takes them, and perhaps by a meter that bills the last one alone: whoever knows that ends the process."""
+    world = crowd(60)
+    world.outlet.meters_unknown(world.now)
+    began = world.now
+    run(world, until=began + 5 * SECOND)
+    assert 3 <= len(world.stripe.billed) <= 6
+    assert marked(world) == 0, "a crash leaves no doubts"
+
+    world.outlet.meters_known(world.now)
+    run(world, until=world.now + 5 * SECOND)
+    assert len(world.stripe.billed) == 60
+    assert world.delivery.shut is None
+
+
+def test_where_stripe_takes_totals_and_never_says_what_its_meters_bill_all_go_on() -> None:
+    """Reads may be out of order for days, and usage that is late is billed to nobody."""
+    world = crowd(60)
+    world.outlet.meters_unknown(world.now)
+    run(world, until=world.now + MINUTE)
+    assert len(world.stripe.billed) == 60
+    assert world.delivery.shut is None
+
+
+def test_nobody_waits_for_a_total_to_find_out_that_the_meters_are_known() -> None:
+    """Nothing is to be sent, and Stripe is not down."""
+    world = crowd(0)
+    world.outlet.meters_unknown(world.now)
+    assert str(world.delivery.shut) == "down"
+    world.outlet.meters_known(world.now)
+    assert world.delivery.shut is None
+    assert world.outlet.pacing.rate == world.outlet.pacing.max_rate / 10, "what has piled up goes out slowly"
+
+
+def test_what_is_known_of_meters_says_nothing_of_totals_that_are_not_answered() -> None:
+    world = crowd(60)
+    world.outlet.meters_unknown(world.now)
+    run(world, until=world.now + MINUTE, answer=lambda _: Lost())
+    world.outlet.meters_known(world.now)
+    assert str(world.delivery.shut) == "down"
+    run(world, until=world.now + MINUTE)
+    assert len(world.outcomes) == 60
+
+
 def test_an_outage_that_one_hears_of_stops_all_and_leaves_no_marks() -> None:
     """The other one's totals are marked and not sent: a crash in the outage must not make doubts of them."""
     first, second = pair()
