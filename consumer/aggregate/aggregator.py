@@ -211,6 +211,15 @@ class Aggregator:
         if arrival >= self._interval_end:
             self._interval_end = self._remembered.enter(arrival)
 
+    def reach(self, offset: int) -> None:
+        """Nothing below this offset is left to read: behind the last record lie transactions' markers.
+
+        Who takes up work begins behind them too: once all of it is deleted, they would seem to be lost records.
+        """
+        if offset > self.offset:
+            self.offset = offset
+            self._changed = True
+
     def advance(self, clock: int) -> None:
         """Move the clock of a quiet partition: all that its log holds has been read, and it is this late by evidence.
 

@@ -342,6 +342,8 @@ class Intake:
         changes: dict[int, Changes] = {}
         room = CLOSINGS_PER_COMMIT
         for number, partition in self.partitions.items():
+            if not partition.held:
+                partition.aggregator.reach(partition.read_to)
             if number in partitions and partition.aggregator.changed:
                 changes[number] = partition.aggregator.commit(room)
                 room = max(0, room - len(changes[number].appends))

@@ -55,6 +55,14 @@ def test_what_is_not_committed_is_read_again_and_counts_once() -> None:
     assert values(stage.close_all()) == ["3"]
 
 
+def test_offsets_of_a_log_need_not_follow_one_another() -> None:
+    """Transactions leave markers and what was aborted between the records: counted through, all is read again."""
+    stage = Stage1(rules())
+    records = [(offset, (2, T0), b"k", None, event(str(offset))) for offset in (3, 7, 20)]
+    assert stage.aggregator.step(records, T0) == 3
+    assert stage.aggregator.commit().offset == 21
+
+
 def test_an_untouched_partition_has_nothing_to_commit() -> None:
     stage = Stage1(rules())
     changed = [stage.aggregator.changed]

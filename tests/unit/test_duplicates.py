@@ -239,6 +239,17 @@ def test_with_a_shorter_memory_ids_are_remembered_as_long_as_it_says() -> None:
     assert stage.aggregator.book.counted == 2
 
 
+def test_what_comes_right_after_a_restart_is_remembered_from_then_on() -> None:
+    """Taken into an interval of long ago, it would be forgotten with that one: at the next arrival."""
+    stage = Stage1(rules(ALWAYS))
+    stage.send(event("1"), T0)
+    stage.configure(rules(ALWAYS, deduplicate_for=12 * HOUR))
+    stage.send(event("2"), T0)
+    stage.send(event("3"), T0 + HOUR)
+    stage.send(event("2"), T0 + 2 * HOUR)
+    assert (stage.aggregator.book.counted, stage.aggregator.book.duplicate) == (3, 1)
+
+
 @pytest.mark.parametrize("crashes", [False, True])
 def test_a_crash_does_not_change_for_how_long_an_id_is_remembered_after_a_shorter_memory(crashes: bool) -> None:
     """Noted in a longer interval it may have come at that one's end, later than now: to renew it takes nothing back."""
