@@ -20,8 +20,7 @@ from consumer.cli.options import opened_store, source_of
 from consumer.config import Config, load
 from consumer.deadletters import DeadLetter
 from consumer.deliver.answers import Heard
-from consumer.deliver.delivery import Attempt, Delivery
-from consumer.deliver.pacing import Outlet
+from consumer.deliver.delivery import Attempt
 from consumer.runtime import embedded, processors
 from consumer.runtime.source import Source
 from consumer.runtime.start import shown
@@ -37,6 +36,7 @@ from tests.kafka.harness import DAY, HOUR, until
 from tests.kafka.stores import Member
 from tests.totals import total_of
 from tests.unit.delivery_world import OK, REFUSED, Names
+from tests.unit.stage2 import StageTwo
 
 PARTITIONS: Final = 3
 KNOWN: Final[Mapping[str, str | None]] = {f"cus{n}": f"cus_{n}" for n in range(40)} | {"gone": "cus_gone", "free": None}
@@ -179,29 +179,12 @@ def go_round(
     store: Store, archive: Archive, answer: Callable[[Attempt], Heard], known: Mapping[str, str | None]
 ) -> None:
     """Every partition of stage 2 as its last commit left it, until it has nothing to do."""
-    ends = archive.ends(Log.TOTALS)
-    for partition in ends:
+    for partition in archive.ends(Log.TOTALS):
         at = now()
-        restored = store.restore(Stage.DELIVER, partition)
-        offset = restored.offset if restored else 1
-        delivery = Delivery(customers=Names(dict(known)), in_flight=1000, parked_limit=1000, outlet=Outlet(1000))
-        delivery.restore(offset, restored.entries if restored else (), at)
-        for each in archive.logged(Log.TOTALS, {partition: offset}, {partition: ends[partition]}):
-            delivery.read(each.offset, totals.decode(each.value), at)
-        delivery.remap(Names(dict(known)), at)
-        while True:
-            if (changes := delivery.commit(at)) is not None:
-                store.commit(Stage.DELIVER, {partition: changes})
-                delivery.committed()
-            while (attempt := delivery.next(at)) is not None:
-                if delivery.may_send(attempt, at):
-                    delivery.answered(attempt, answer(attempt), at)
-            wake = delivery.wake(at)
-            if not delivery.due and (wake is None or wake > at):
-                break
-        if (changes := delivery.commit(at)) is not None:
-            store.commit(Stage.DELIVER, {partition: changes})
-            delivery.committed()
+        life = StageTwo(store, archive, Names(dict(known)), at, partition=partition)
+        life.read()
+        life.delivery.remap(Names(dict(known)), at)
+        life.send(answer)
 
 
 class SqliteDesk(Desk):

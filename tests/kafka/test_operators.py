@@ -12,7 +12,6 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlencode
 
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
@@ -54,6 +53,7 @@ from consumer.totals import Command
 from tests.kafka.harness import HOUR, Topic, bench, iso, past_events, real_now, until
 from tests.kafka.operators import KNOWN, PARTITIONS, T0, Desk, KafkaDesk, SqliteDesk, go_round, heard, now, total
 from tests.unit.delivery_world import OK, duplicate
+from tests.unit.stage2 import post
 
 pytestmark = pytest.mark.kafka
 
@@ -218,12 +218,7 @@ def test_what_stripe_lacks_is_found_and_where_it_came_from(desk: Desk) -> None:
 
         def take(attempt: Attempt) -> Heard:
             if attempt.stripe_customer != "cus_1":
-                given = {"event_name": "tokens", "timestamp": attempt.timestamp, "identifier": attempt.identifier}
-                payload = {f"payload[{name}]": value for name, value in attempt.payload.items()}
-                call = read_call(
-                    "POST", "/v1/billing/meter_events", urlencode(given | payload), "Bearer sk_test_nobody"
-                )
-                assert stripe.model.handle(call).status == 200
+                assert post(stripe, attempt, "sk_test_nobody").status == 200
             return OK
 
         desk.close(*(total(number, f"cus{number}") for number in range(3)))

@@ -23,18 +23,18 @@ from consumer.cli import app
 from consumer.config import load
 from consumer.deadletters import DeadLetter
 from consumer.deliver.answers import Heard, Lost
-from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.delivery import Attempt
 from consumer.deliver.entries import SAME_IDENTIFIER_FOR
-from consumer.deliver.pacing import Outlet
 from consumer.runtime import audit, logs, redrive, reset
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source, SourceError, Topic
-from consumer.storage import Append, Facts, Log, Stage
+from consumer.storage import Append, Facts, Log
 from consumer.storage.sqlite import SqliteStore
 from consumer.storage.sqlite_file import locked
 from consumer.totals import Command, Total
 from tests.totals import total_of
 from tests.unit.delivery_world import NO_METER, OK, REFUSED, Names
+from tests.unit.stage2 import StageTwo
 
 T0: Final = 1_793_534_400
 """2026-11-01T12:00:00Z in seconds, as windows begin."""
@@ -63,40 +63,6 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root.handlers = [each for each in handlers if each in root.handlers]
     root.setLevel(level)
     structlog.reset_defaults()
-
-
-class StageTwo:
-    """One life of stage 2 on a store, at a time that stands still."""
-
-    def __init__(self, store: SqliteStore, known: dict[str, str | None], now: int, *, shadow: bool = False) -> None:
-        self._store, self._now = store, now
-        self._delivery = Delivery(
-            customers=Names(known), in_flight=1000, parked_limit=1000, outlet=Outlet(1000), shadow=shadow
-        )
-        restored = store.restore(Stage.DELIVER, 0)
-        self._offset = restored.offset if restored else 1
-        self._delivery.restore(self._offset, restored.entries if restored else (), now)
-
-    def work(self, answer: Callable[[Attempt], Heard]) -> None:
-        """Read what is new in the log, and go on until nothing is left to do."""
-        delivery, now = self._delivery, self._now
-        for each in self._store.read(Log.TOTALS, self._offset - 1, 100_000):
-            delivery.read(each.offset, log_of_totals.decode(each.value), now)
-            self._offset = each.offset + 1
-        while True:
-            self._commit()
-            while (attempt := delivery.next(now)) is not None:
-                if delivery.may_send(attempt, now):
-                    delivery.answered(attempt, answer(attempt), now)
-            wake = delivery.wake(now)
-            if not delivery.due and (wake is None or wake > now):
-                break
-        self._commit()
-
-    def _commit(self) -> None:
-        if (changes := self._delivery.commit(self._now)) is not None:
-            self._store.commit(Stage.DELIVER, {0: changes})
-            self._delivery.committed()
 
 
 class Place:
@@ -131,7 +97,7 @@ class Place:
     ) -> None:
         """Stage 2 until it has nothing left to do at this time."""
         with self.store() as store:
-            StageTwo(store, known, now, shadow=shadow).work(answer)
+            StageTwo(store, store, Names(known), now, shadow=shadow).work(answer)
 
     def commands(self) -> list[Command]:
         """What operators have decided, as the log has it."""
@@ -602,7 +568,7 @@ def running(place: Place, known: dict[str, str | None]) -> Iterator[None]:
 
     def serve() -> None:
         with locked(place.path), place.store() as store:
-            stage_two = StageTwo(store, known, NOW)
+            stage_two = StageTwo(store, store, Names(known), NOW)
             stage_two.work(heard)
             holds.set()
             while not stop.wait(0.05):

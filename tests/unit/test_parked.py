@@ -6,17 +6,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlencode
 
 import pytest
 from typer.testing import CliRunner
 
 from consumer import totals as log_of_totals
 from consumer.cli import app
-from consumer.deliver.answers import Answer, Heard, Lost
-from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.answers import Heard, Lost
+from consumer.deliver.delivery import Attempt
 from consumer.deliver.doubt import FINAL_AFTER
-from consumer.deliver.pacing import Outlet
 from consumer.runtime import audit, evidence
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.customers import Passthrough
@@ -24,11 +22,12 @@ from consumer.runtime.stripe_reads import reading
 from consumer.sandbox import stripe_wire
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import Clock, StripeStandIn
-from consumer.sandbox.stripe_wire import Call, read_call
-from consumer.storage import Append, Log, Stage
+from consumer.sandbox.stripe_wire import Call
+from consumer.storage import Append, Log
 from consumer.storage.sqlite import SqliteStore
 from consumer.totals import Command, Total
 from tests.totals import total_of
+from tests.unit.stage2 import StageTwo, post
 
 T0: Final = 1_793_534_400
 """2026-11-01T12:00:00Z."""
@@ -63,25 +62,11 @@ class Desk:
 
         def answer(attempt: Attempt) -> Heard:
             if arrives is None or attempt.total in arrives:
-                heard = self._post(attempt)
+                heard: Heard = post(self.stripe, attempt)
             return Lost("TimeoutError") if arrives is not None else heard
 
         with SqliteStore.open(self.path, now=self._now, create=True, lock=False) as store:
-            restored = store.restore(Stage.DELIVER, 0)
-            delivery = Delivery(customers=Passthrough(), in_flight=1000, parked_limit=1000, outlet=Outlet(1000))
-            offset = restored.offset if restored else 1
-            delivery.restore(offset, restored.entries if restored else (), self._now())
-            for each in store.read(Log.TOTALS, offset - 1, 100_000):
-                delivery.read(each.offset, log_of_totals.decode(each.value), self._now())
-            while True:
-                if (changes := delivery.commit(self._now())) is not None:
-                    store.commit(Stage.DELIVER, {0: changes})
-                    delivery.committed()
-                while (attempt := delivery.next(self._now())) is not None:
-                    if delivery.may_send(attempt, self._now()):
-                        delivery.answered(attempt, answer(attempt), self._now())
-                if not delivery.due:
-                    break
+            StageTwo(store, store, Passthrough(), self._now()).work(answer)
 
     def doubt(self, *given: Total, arrives: tuple[str, ...]) -> None:
         """Totals that Stripe never answered about for a day."""
@@ -126,14 +111,6 @@ class Desk:
 
     def _now(self) -> int:
         return int(self.stripe.clock()) * 1000
-
-    def _post(self, attempt: Attempt) -> Answer:
-        form = {"event_name": attempt.event_name, "identifier": attempt.identifier, "timestamp": attempt.timestamp}
-        form |= {f"payload[{name}]": value for name, value in attempt.payload.items()}
-        call = read_call("POST", "/v1/billing/meter_events", urlencode(form), f"Bearer {SECRET_KEY}", attempt.key)
-        answer = self.stripe.model.handle(call)
-        error = json.loads(answer.body).get("error", {})
-        return Answer(answer.status, error.get("type"), error.get("code"), error.get("message"))
 
 
 @pytest.fixture

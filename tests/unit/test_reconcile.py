@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlencode
 
 import msgspec
 import pytest
@@ -16,20 +15,19 @@ from typer.testing import CliRunner
 from consumer import totals as log_of_totals
 from consumer.cli import account as commands
 from consumer.cli import app
-from consumer.deliver.answers import Answer, Heard, Lost
+from consumer.deliver.answers import Heard, Lost
 from consumer.deliver.customers import Customers
-from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.delivery import Attempt
 from consumer.deliver.entries import SAME_IDENTIFIER_FOR, Outcome, decode_outcome, encode_outcome, refused
-from consumer.deliver.pacing import Outlet
 from consumer.deliver.reports import Reports
 from consumer.runtime.customers import Mapped, Passthrough
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import Clock, StripeStandIn
-from consumer.sandbox.stripe_wire import read_call
-from consumer.storage import Append, Log, Stage
+from consumer.storage import Append, Log
 from consumer.storage.sqlite import SqliteStore
 from consumer.totals import Comparison, Record, Rejection, Report, Total
 from tests.totals import total_of
+from tests.unit.stage2 import StageTwo, post
 
 DAY: Final = 86_400
 T0: Final = 1_793_491_200
@@ -69,24 +67,16 @@ class Account:
     ) -> Reports:
         """Stage 1 closes totals and stage 2 sends them. ``silent``: Stripe does not answer; ``lost``: it takes them."""
         now = (int(self.stripe.clock()) if now is None else now) * 1000
+
+        def answer(attempt: Attempt) -> Heard:
+            heard = Lost("TimeoutError") if silent else self.send(attempt)
+            return Lost("TimeoutError") if lost else heard
+
         with SqliteStore.open(self.path, now=lambda: now, create=True, lock=False) as store:
             store.append(Append(Log.TOTALS, b"k", log_of_totals.encode(each)) for each in given)
-            restored = store.restore(Stage.DELIVER, 0)
-            delivery = Delivery(
-                customers=names or Passthrough(), in_flight=1000, parked_limit=1000, outlet=Outlet(1000), shadow=shadow
-            )
-            offset = restored.offset if restored else 1
-            delivery.restore(offset, restored.entries if restored else (), now)
-            for each in store.read(Log.TOTALS, offset - 1, 100_000):
-                delivery.read(each.offset, log_of_totals.decode(each.value), now)
-            while (changes := delivery.commit(now)) is not None:
-                store.commit(Stage.DELIVER, {0: changes})
-                delivery.committed()
-                while (attempt := delivery.next(now)) is not None:
-                    if delivery.may_send(attempt, now):
-                        heard = Lost("TimeoutError") if silent else self.send(attempt)
-                        delivery.answered(attempt, Lost("TimeoutError") if lost else heard, now)
-            return delivery.reports
+            life = StageTwo(store, store, names or Passthrough(), now, shadow=shadow)
+            life.work(answer)
+            return life.delivery.reports
 
     def outcomes(self) -> list[Outcome]:
         """What became of totals, in order."""
@@ -95,18 +85,9 @@ class Account:
 
     def send(self, attempt: Attempt) -> Heard:
         """One Meter Event."""
-        payload = {f"payload[{name}]": value for name, value in attempt.payload.items()}
-        sent = {
-            "event_name": attempt.event_name,
-            "identifier": attempt.identifier,
-            "timestamp": attempt.timestamp,
-            **payload,
-        }
-        answer = self.stripe.model.handle(
-            read_call("POST", "/v1/billing/meter_events", urlencode(sent), f"Bearer {SECRET_KEY}", attempt.key)
-        )
+        answer = post(self.stripe, attempt)
         assert answer.status == 200
-        return Answer(200)
+        return answer
 
     def sent_by_another(self, value: str, customer: str = "cus_alice", timestamp: int = NOON) -> None:
         """Usage that is not ours."""
