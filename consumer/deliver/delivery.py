@@ -14,6 +14,7 @@ from consumer.deliver.answers import Answer, Heard, Verdict, judge
 from consumer.deliver.customers import Customers, LookupFailedError, UnmappedError
 from consumer.deliver.entries import (
     LONGEST,
+    LONGEST_MESSAGE,
     SAME_IDENTIFIER_FOR,
     Entry,
     How,
@@ -344,8 +345,10 @@ class Delivery:
     def _obey(self, command: Command, now: int) -> None:
         """Do what an operator decided about a parked total."""
         identifier = command.identifier
-        entry = self._parked.get(identifier)
-        refusal = "it is not parked" if entry is None else _refusal(entry, command)
+        live, entry = self._live.get(identifier), self._parked.get(identifier)
+        if (known := live.entry if live else entry) is not None and known.was_decided(command):
+            return  # heard ahead of its turn, in an earlier life
+        refusal = "it is not parked, or not any more" if entry is None else _refusal(entry, command)
         if refusal:
             self._note(now, identifier, f"{command.action} by {command.by} is refused: {refusal}")
         elif command.action == "discard":
@@ -580,7 +583,8 @@ class Delivery:
         self._seats.leave(live.seat)
 
     def _park(self, entry: Entry, reason: Reason, now: int, message: str | None = None) -> None:
-        entry.state, entry.reason, entry.message = State.PARKED, reason, message
+        entry.state, entry.reason = State.PARKED, reason
+        entry.message = message[:LONGEST_MESSAGE] if message else None
         entry.parking, entry.parked_at = entry.parking + 1, now
         self.ledger.park(entry.total, reason)
         self._journal.put(entry.total.identifier, self._parked.add(entry))

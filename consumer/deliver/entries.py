@@ -19,6 +19,9 @@ LONGEST: Final = 100
 LONGEST_REASON: Final = 1_000
 """Characters of why somebody decided, as far as they are kept in an entry."""
 
+LONGEST_MESSAGE: Final = 1_000
+"""Characters of what Stripe said, or somebody in its place, likewise."""
+
 KEPT: Final = 20
 """Decisions that are kept of a total, beside those that left a doubt behind: these are all kept."""
 
@@ -170,6 +173,11 @@ class Entry(msgspec.Struct, array_like=True):
         clear = [each for each in self.decisions if each.first_unproven is None]
         dropped = clear[0] if len(clear) >= KEPT else None
         self.decisions = [*(each for each in self.decisions if each is not dropped), decision]
+
+    def was_decided(self, command: Command) -> bool:
+        """Whether this has been carried out already."""
+        wanted = command.action, command.by[:LONGEST], command.reason[:LONGEST_REASON], command.at
+        return any((each.action, each.by, each.reason, each.at) == wanted for each in self.decisions)
 
     def sent_to(self, identifier: str) -> str | None:
         """The Stripe customer who may have been billed for it under this identifier; None where nobody can have."""

@@ -756,6 +756,20 @@ def test_a_total_that_is_set_aside_or_parked_and_is_in_the_log_once_more_counts_
     assert world.balanced()
 
 
+def test_what_is_said_in_stripes_place_makes_no_entry_too_large_to_be_stored() -> None:
+    """A gateway that speaks as Stripe does put a page into the message: its total is parked, and nobody else waits."""
+    world = World()
+    attempt = world.sent()
+    page = Answer(400, "invalid_request_error", message="No. " + "x" * 2_000_000)
+    world.delivery.answered(attempt, page, world.now)
+    world.commit()
+    assert world.parked() == {attempt.identifier: "refused"}
+    assert sum(map(len, world.durable.values())) < 10_000
+    message = world.entry(attempt.identifier).message
+    assert message is not None
+    assert message.startswith("No. xxx")
+
+
 def test_a_lookup_that_fails_while_the_mapping_changes_moves_nobody() -> None:
     """What is marked stays marked and goes out; looked at anew it would wait for the next lookup."""
     world = World()

@@ -229,8 +229,11 @@ def test_the_same_command_twice_releases_once_even_if_the_total_is_parked_again(
     world.restart()
     world.obey()
     assert world.parked() == {identifier: "refused"}
+    assert not world.delivery.notes, "it was carried out"
+    world.delivery.hear(msgspec.structs.replace(release, by="bob"), world.now)
+    assert world.parked() == {identifier: "refused"}
     assert world.delivery.notes[-1].text == (
-        "release by eve is refused: it was decided when the total was parked for the 1st time, and this is the 2nd"
+        "release by bob is refused: it was decided when the total was parked for the 1st time, and this is the 2nd"
     )
 
 
@@ -244,8 +247,8 @@ def test_of_two_operators_the_second_is_refused() -> None:
     world.run(world.now + MINUTE)
     assert [each.by for each in decisions(world)] == ["ann"]
     assert [note.text for note in world.delivery.notes] == [
-        "release by bob is refused: it is not parked",
-        "discard by eve is refused: it is not parked",
+        "release by bob is refused: it is not parked, or not any more",
+        "discard by eve is refused: it is not parked, or not any more",
     ]
     assert [name for name, *_ in world.stripe.billed] == [f"{identifier}-g2"]
 
