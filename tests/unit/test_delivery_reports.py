@@ -96,6 +96,17 @@ def test_of_a_total_that_is_still_tried_the_reported_attempt_counts_for_nothing(
     assert world.balanced()
 
 
+def test_a_report_that_is_repeated_for_days_makes_the_entry_no_larger() -> None:
+    """Its total is being tried, and so Stripe is asked to say it again: every time it is read once more."""
+    world = World()
+    attempt = world.sent()
+    world.delivery.answered(attempt, Lost(), world.now)
+    world.log += [of_unfinished(attempt, f"evt_{number}", world.now) for number in range(100)]
+    world.read()
+    world.commit()
+    assert [each.key for each in world.entry(attempt.identifier).rejected] == [attempt.key]
+
+
 def test_an_earlier_attempt_that_was_rejected_does_not_take_back_a_later_one_that_was_taken() -> None:
     world = World()
     attempt = world.sent()
