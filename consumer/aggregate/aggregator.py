@@ -266,6 +266,11 @@ class Aggregator:
         return self._meter_books
 
     @property
+    def moved(self) -> bool:
+        """Whether there is anything to commit besides buckets that are due."""
+        return self._changed
+
+    @property
     def changed(self) -> bool:
         """Whether there is anything to commit."""
         return self._changed or self.closing

@@ -344,7 +344,8 @@ class Intake:
         for number, partition in self.partitions.items():
             if not partition.held:
                 partition.aggregator.reach(partition.read_to)
-            if number in partitions and partition.aggregator.changed:
+            moved, closing = partition.aggregator.moved, room and partition.aggregator.closing
+            if number in partitions and (moved or closing):
                 changes[number] = partition.aggregator.commit(room)
                 room = max(0, room - len(changes[number].appends))
         if not changes:

@@ -120,6 +120,8 @@ class Source:
                 "auto.offset.reset": "error",
                 "isolation.level": "read_committed",
                 "enable.partition.eof": True,
+                # Brokers send what is on their disks: a changed digit would be billed.
+                "check.crcs": True,
                 "allow.auto.create.topics": False,
                 # By default a full queue is looked at again after a second, which starves a reader that is fast.
                 "fetch.queue.backoff.ms": 10,

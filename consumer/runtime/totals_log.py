@@ -25,6 +25,8 @@ _READING: Final = {
     "enable.auto.offset.store": False,
     "auto.offset.reset": "error",
     "isolation.level": "read_committed",
+    # Brokers send what is on their disks: a changed digit would be billed.
+    "check.crcs": True,
     "allow.auto.create.topics": False,
     "fetch.queue.backoff.ms": 10,
     "queued.min.messages": 10_000,

@@ -20,7 +20,7 @@ from consumer.config import load
 from consumer.runtime import embedded, intake, processors, service
 from consumer.runtime.intake import Intake, IntakeStopped, Partition
 from consumer.runtime.membership import Alone
-from consumer.sandbox.kafka import Kafka
+from consumer.sandbox.kafka import Kafka, LocalKafka
 from consumer.storage import Log, Stage
 from consumer.storage.sqlite import SqliteStore
 from consumer.totals import Advance, Total
@@ -522,6 +522,21 @@ def test_whatever_a_record_holds_it_is_accounted_for(kafka: Kafka, reading: Read
     assert book.ignored == {"tombstone": 1}
     assert book.unkeyed == 1
     assert sum(book.dead.values()) == len(reader.letters()) == 6
+
+
+def test_what_a_disk_has_changed_is_not_counted(own_kafka: LocalKafka, reading: Reading_) -> None:
+    """A flipped bit is still a number: the broker sends what is on its disk, and only the reader looks at checksums."""
+    topic = Topic.create(own_kafka)
+    topic.produce(event(1111))
+    (segment,) = (own_kafka._folder / "data").glob(f"{topic.name}-0/*.log")
+    written = segment.read_bytes()
+    assert written.count(b"1111") == 1
+    with segment.open("r+b") as file:
+        file.seek(written.index(b"1111"))
+        file.write(b"9")
+    reader = reading(topic)
+    with pytest.raises(IntakeStopped, match="partition 0"):
+        reader.turn(lambda: reader.partition().aggregator.book.consumed, "it is read")
 
 
 def test_records_of_partitions_that_are_not_ours_are_dropped(kafka: Kafka, reading: Reading_) -> None:
