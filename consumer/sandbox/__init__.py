@@ -1,1 +1,1 @@
-"""What the demo and the tests need: an embedded broker, a Stripe stand-in, traffic and its oracle."""
+"""What the demo and the tests need: brokers, a Stripe stand-in, traffic and what it has to bill."""

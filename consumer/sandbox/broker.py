@@ -8,18 +8,18 @@ from typing import Self
 
 from confluent_kafka import Producer
 
-PARTITIONS = 4  # of every topic; the broker offers no choice
+PARTITIONS = 4
+"""Of every topic: the broker offers no choice."""
 _DEADLINE_S = 10.0
 
 
 class EmbeddedBroker:
-    """
-    One Kafka broker inside this process, in memory, on a port that other processes can reach.
+    """One Kafka broker inside this process, in memory, on a port that other processes can reach.
 
-    It is the client library's own test broker. It serves groups, plain commits and CreateTime records, and
-    that is all that may be asked of it. It has no transactions to speak of, no topic ids and no LogAppendTime,
-    it cannot look up an offset by time, and it drops a partition's oldest records, silently, beyond 5 MiB as
-    stored or 100,000 batches: producers must compress and write large batches.
+    It is the client library's own test broker. It serves groups, plain commits and CreateTime records, and that is all
+    that may be asked of it. It has no transactions to speak of, no topic ids and no LogAppendTime, it cannot look up an
+    offset by time, and it drops a partition's oldest records, silently, beyond 5 MiB as stored or 100,000 batches:
+    producers must compress and write large batches.
 
     A context manager; outside it the broker and all records are gone.
     """

@@ -48,11 +48,10 @@ class Kafka:
     def create_topic(
         self, name: str, partitions: int = 1, arrival: Arrival = "log_append_time", **config: str | int
     ) -> None:
-        """
-        Create a topic with as many replicas as the cluster gives by default; return once clients can use it.
+        """Create a topic with as many replicas as the cluster gives by default; return once clients can use it.
 
-        `arrival` says whose clock stamps the records. Further topic settings are given with underscores for
-        dots: `cleanup_policy="compact"`.
+        `arrival` says whose clock stamps the records. Further topic settings are given with underscores for dots:
+        `cleanup_policy="compact"`.
         """
         settings = {key.replace("_", "."): str(value) for key, value in config.items()}
         settings["message.timestamp.type"] = "LogAppendTime" if arrival == "log_append_time" else "CreateTime"
@@ -182,11 +181,10 @@ class Node:
 
 
 class LocalKafka(Kafka):
-    """
-    A Kafka broker in a process of its own, with its data in a temporary folder.
+    """A Kafka broker in a process of its own, with its data in a temporary folder.
 
-    A context manager: running inside, stopped and removed outside. `stop` or `kill`, then `start`, is an
-    outage: the address and the data stay.
+    A context manager: running inside, stopped and removed outside. `stop` or `kill`, then `start`, is an outage: the
+    address and the data stay.
     """
 
     def __init__(self, **settings: str) -> None:

@@ -19,8 +19,7 @@ WHOLE_WITHIN_S = 60.0
 
 
 class LocalCluster(Kafka):
-    """
-    Brokers that are controllers too, numbered from 1, with their data in a temporary folder.
+    """Brokers that are controllers too, numbered from 1, with their data in a temporary folder.
 
     Every partition has a replica on each of them (on three of them, where there are more), and a record counts as
     written once two have it: so one broker may be killed, stopped or suspended, and nothing is lost or refused.

@@ -1,4 +1,4 @@
-"""The real service on the embedded broker: composed with what that broker cannot tell, and with a clock that is moved.
+"""The real service on the embedded broker, composed with what that broker cannot tell.
 
 The embedded broker has no cluster id, no topic ids, no LogAppendTime and no offsets by time. Here, and nowhere else,
 the service does without them. ``python -m consumer.sandbox.service CONFIG`` runs it as a process of its own, so that
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from consumer.config import Config, load
 from consumer.runtime import service
-from consumer.runtime.clocks import Clock, SystemClock
+from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source, Topic
 from consumer.sandbox.broker import PARTITIONS
 
@@ -37,30 +37,10 @@ class EmbeddedSource(Source):
         return dict.fromkeys(partitions, 0)
 
 
-class MovedClock:
-    """This host's clocks, a fixed time ahead of them."""
-
-    def __init__(self, ahead: int) -> None:
-        """``ahead`` is in milliseconds."""
-        self._real = SystemClock()
-        self._ahead = ahead
-
-    def now(self) -> int:
-        """The moved time of day."""
-        return self._real.now() + self._ahead
-
-    def elapsed(self) -> int:
-        """The monotonic clock, which moves no faster."""
-        return self._real.elapsed()
-
-
-def run(config: Config, clock: Clock) -> None:
-    """The service on the embedded broker, until SIGTERM."""
-    service.run(
-        config,
-        service.Surroundings(clock, lambda each, group: EmbeddedSource(each.kafka_client(), each.kafka.topic, group)),
-    )
+def source(config: Config, group: str) -> Source:
+    """The source topic on the embedded broker."""
+    return EmbeddedSource(config.kafka_client(), config.kafka.topic, group)
 
 
 if __name__ == "__main__":
-    run(load(Path(sys.argv[1]), os.environ), SystemClock())
+    service.run(load(Path(sys.argv[1]), os.environ), service.Surroundings(SystemClock(), source))

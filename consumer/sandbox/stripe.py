@@ -52,8 +52,8 @@ class StripeModel(StripeCatalogue):
         super().__init__(now, accept_any_customer=accept_any_customer, lag=lag)
         self.keys = dict(keys or {SECRET_KEY: None})
         self.endpoint_rate, self.global_rate = endpoint_rate, global_rate
-        #: What was answered, by kind: accepted, duplicate, replayed, lock_timeout, rate_limited, …
         self.stats: Counter[str] = Counter()
+        """What was answered, by kind: accepted, duplicate, replayed, lock_timeout, rate_limited, …"""
         self._contents: dict[str, tuple[object, ...]] = {}
         self._stored: dict[str, _Stored] = {}
         self._expiring: deque[str] = deque()

@@ -44,8 +44,8 @@ class StripeAccount:
         self.now = now
         self.accept_any_customer = accept_any_customer
         self.lag = lag
-        #: Customer to code: their events are accepted and later rejected with it. Deleting a customer does this.
         self.rejected_later: dict[str, str] = {}
+        """Customer to code: their events are accepted and later rejected with it. Deleting a customer does this."""
         self.events: list[MeterEvent] = []
         self.violations: list[Violation] = []
         self._lock = threading.RLock()

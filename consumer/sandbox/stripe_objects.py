@@ -14,11 +14,11 @@ from consumer.sandbox.stripe_wire import Field, Refused
 DAY = 86_400
 PAST = 35 * DAY
 FUTURE = 5 * 60
-#: How long an identifier stays unique, and how long an answer is kept under its idempotency key, in seconds.
 UNIQUE_FOR = KEPT_FOR = DAY
+"""How long an identifier stays unique, and how long an answer is kept under its idempotency key, in seconds."""
 DIGITS = 15
-#: Errors of asynchronous processing are collected for this many seconds into one report, with at most so many samples.
 REPORT_EVERY, SAMPLES = 10, 5
+"""Errors of asynchronous processing are collected for so many seconds into one report, with at most so many samples."""
 WINDOWS = {"hour": 3600, "day": DAY}
 
 _EXACT = Context(prec=400, traps=[Inexact])

@@ -34,8 +34,8 @@ from consumer.sandbox.stripe_wire import API_VERSION, Answer, Call, read_call
 T = TypeVar("T")
 
 _EVENTS = "/v1/billing/meter_events"
-#: A client that has not hung up after this many seconds is not going to.
 _HANG_AT_MOST = 300
+"""A client that has not hung up after this many seconds is not going to."""
 
 
 class Fault(StrEnum):
