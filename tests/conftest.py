@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from consumer.sandbox.kafka import Kafka, KafkaUnavailableError, LocalKafka
-from tests.kafka.cluster import running_kafka
+from tests.kafka.cluster import own, running_kafka
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("tallyman", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,11 +42,7 @@ def kafka() -> Iterator[Kafka]:
 @pytest.fixture
 def own_kafka() -> Iterator[LocalKafka]:
     """A local broker for one test that stops or kills it."""
-    try:
-        broker = LocalKafka()
-    except KafkaUnavailableError as error:
-        pytest.skip(f"no local Kafka to stop and start: {error}")
-    with broker:
+    with own(LocalKafka) as broker:
         yield broker
 
 

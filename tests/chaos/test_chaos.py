@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from consumer.sandbox.kafka import Kafka, KafkaUnavailableError
+from consumer.sandbox.kafka import Kafka
 from consumer.sandbox.kafka_cluster import LocalCluster
 from consumer.storage import Stage
 from tests.chaos.faults import Kind, Plan
 from tests.chaos.run import Scenario, prove
 from tests.exactness.scenario import stamped
+from tests.kafka.cluster import own
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
@@ -22,11 +23,7 @@ AGGREGATE, DELIVER = Stage.AGGREGATE, Stage.DELIVER
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
     """Three brokers for one test."""
-    try:
-        brokers = LocalCluster()
-    except KafkaUnavailableError as error:
-        pytest.skip(f"no local Kafka to stop and start: {error}")
-    with brokers:
+    with own(LocalCluster) as brokers:
         yield brokers
 
 

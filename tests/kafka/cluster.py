@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import pytest
 
 from consumer.sandbox.kafka import VERSION, Kafka, KafkaUnavailableError, LocalKafka, free_ports, server_properties
+
+K = TypeVar("K", bound=AbstractContextManager[Any])
 
 ADDRESS = "TALLYMAN_TEST_KAFKA"
 
@@ -31,6 +36,17 @@ def running_kafka() -> Iterator[Kafka]:
             raise KafkaUnavailableError(f"{error}; or start Docker; or set {ADDRESS} to a Kafka's address") from error
         with local:
             yield local
+
+
+@contextmanager
+def own(make: Callable[[], K]) -> Iterator[K]:
+    """Brokers for one test, which may do to them what it likes; where none can be started here, it is skipped."""
+    try:
+        made = make()
+    except KafkaUnavailableError as error:
+        pytest.skip(f"no Kafka of its own: {error}")
+    with made:
+        yield made
 
 
 def _docker_answers() -> bool:

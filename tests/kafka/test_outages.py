@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,9 +11,10 @@ from confluent_kafka.admin._acl import AclBinding, AclBindingFilter, AclOperatio
 from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 
-from consumer.sandbox.kafka import KafkaUnavailableError, LocalKafka
+from consumer.sandbox.kafka import LocalKafka
 from consumer.sandbox.kafka_cluster import LocalCluster
 from consumer.storage import Stage
+from tests.kafka.cluster import own
 from tests.kafka.harness import Bench, Service, Topic, bench, until
 from tests.kafka.test_distributed import Usage, owned, worker
 
@@ -34,29 +34,12 @@ def topic(on: Bench) -> Topic:
     return Topic.create(on.kafka, 2, arrival="create_time")
 
 
-@contextmanager
-def cluster() -> Iterator[LocalCluster]:
-    """Three brokers."""
-    try:
-        kafka = LocalCluster()
-    except KafkaUnavailableError as error:
-        pytest.skip(f"no local brokers to stop and start: {error}")
-    with kafka:
-        yield kafka
-
-
-@contextmanager
-def guarded() -> Iterator[LocalKafka]:
+def guarded() -> LocalKafka:
     """A broker that looks at rights; whatever is not spoken of is allowed."""
-    try:
-        kafka = LocalKafka(
-            authorizer_class_name="org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            allow_everyone_if_no_acl_found="true",
-        )
-    except KafkaUnavailableError as error:
-        pytest.skip(f"no local broker with rights of its own: {error}")
-    with kafka:
-        yield kafka
+    return LocalKafka(
+        authorizer_class_name="org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        allow_everyone_if_no_acl_found="true",
+    )
 
 
 def rule(kind: type[B], topic: str, operation: AclOperation, permission: AclPermissionType) -> B:
@@ -138,7 +121,7 @@ def test_a_broker_that_goes_away_and_comes_back_costs_nothing(
 
 def test_a_cluster_that_refuses_writes_and_then_loses_its_quorum_is_waited_for(tmp_path: Path) -> None:
     """What is read cannot be committed, so it is read again until it can be."""
-    with cluster() as kafka, bench(kafka, tmp_path) as on:
+    with own(LocalCluster) as kafka, bench(kafka, tmp_path) as on:
         topic = Topic.create(kafka, 2, arrival="create_time", min_insync_replicas=1)
         service = worker(on, topic)
         usage = Usage(topic)
@@ -168,7 +151,7 @@ def test_a_cluster_that_refuses_writes_and_then_loses_its_quorum_is_waited_for(t
 
 def test_a_right_that_is_taken_away_stops_the_service_and_is_named(tmp_path: Path) -> None:
     """Nothing of it mends itself: to try again for ever would look like an outage."""
-    with guarded() as kafka, bench(kafka, tmp_path) as on:
+    with own(guarded) as kafka, bench(kafka, tmp_path) as on:
         topic = Topic.create(kafka, 2, arrival="create_time")
         service = worker(on, topic)
         usage = Usage(topic)

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from consumer.cli import app
 from consumer.runtime.start import shown
-from consumer.sandbox.kafka import KafkaUnavailableError, LocalKafka, free_ports
+from consumer.sandbox.kafka import LocalKafka, free_ports
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.storage import Stage
+from tests.kafka.cluster import own
 from tests.kafka.harness import MINUTE, SECOND, Bench, Service, Topic, bench, event, past_events, real_now, until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
@@ -105,11 +106,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     # So that it says what was asked for, and allowed.
     logger = "-Dorg.slf4j.simpleLogger.log.kafka.authorizer.logger=debug"
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", logger)
-    try:
-        broker = Guarded([*users, "first"])
-    except KafkaUnavailableError as error:
-        pytest.skip(f"no local broker with rights of its own: {error}")
-    with broker:
+    with own(lambda: Guarded([*users, "first"])) as broker:
         yield broker
 
 
