@@ -126,12 +126,12 @@ class Sums:
     def __init__(self, books: Books) -> None:
         self._books = books
 
-    def meters(self) -> list[Meter]:
-        """All of them, whether they take events or not."""
-        return [
-            Meter(name, name, name, "active", "sum", None, "stripe_customer_id", "value")
+    def meters(self) -> dict[str, Meter]:
+        """By their event names, whether they take events or not."""
+        return {
+            name: Meter(name, name, name, "active", "sum", None, "stripe_customer_id", "value")
             for name in ("tokens", "calls")
-        ]
+        }
 
     def now(self) -> int:
         """By Stripe's clock."""
