@@ -265,6 +265,14 @@ def _is_binary(headers: Sequence[tuple[str, bytes | None]]) -> bool:
     return binary
 
 
+def in_headers(headers: Headers) -> bool:
+    """Whether a record is an event by its headers alone: in binary mode one without data has no value."""
+    try:
+        return bool(headers) and _is_binary(headers or ())
+    except Malformed:
+        return False
+
+
 def _as_text(value: str | bool | int) -> str:
     """The canonical string for an attribute that the JSON format may carry as a boolean or an integer."""
     if isinstance(value, str):

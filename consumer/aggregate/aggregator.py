@@ -171,13 +171,13 @@ class Aggregator:
         offset, (_, stamp), key, headers, value = record
         if key is None:
             self.book.unkeyed += 1
-        if value is None:
+        if value is None and not events.in_headers(headers):
             self._ignore("tombstone")
         elif stamp > self.book.arrival:
             self._bury(record, "arrival_in_future", "its record is dated more than 5 minutes ahead")
         else:
             try:
-                self._count(self._decoder.decode(headers, value), offset, stamp)
+                self._count(self._decoder.decode(headers, value or b""), offset, stamp)
             except (Malformed, Uncountable) as refused:
                 self._bury(record, refused.reason, refused.detail)
 
@@ -339,6 +339,7 @@ class Aggregator:
 
     def _bury(self, record: Record, reason: str, detail: str) -> None:
         offset, (_, stamp), key, headers, value = record
+        value = value or b""  # in a letter None would mean that it is too large
         self.book.dead[reason] = self.book.dead.get(reason, 0) + 1
         traceparent, tracestate = deadletters.trace_of(headers, value)
         letter = DeadLetter(

@@ -496,6 +496,43 @@ def test_tombstones_are_ignored_and_move_the_clock() -> None:
     assert stage.aggregator.book.ignored == {"tombstone": 1}
 
 
+IN_HEADERS: list[tuple[str, bytes | None]] = [
+    ("ce_specversion", b"1.0"),
+    ("ce_id", b"1"),
+    ("ce_source", b"/svc"),
+    ("ce_type", b"used"),
+    ("ce_subject", b"acme"),
+    ("ce_time", time_text(T0).encode()),
+]
+
+
+@pytest.mark.parametrize("value", [None, b""])
+def test_an_event_in_headers_alone_counts(value: bytes | None) -> None:
+    """In binary mode an event without data has no value; taken for a tombstone, calls would be billed to nobody."""
+    stage = Stage1(rules(meter(aggregation="count", value=None)))
+    stage.send(value, T0, headers=IN_HEADERS)
+    stage.send(value, T0, headers=IN_HEADERS)
+    assert (stage.billed, stage.aggregator.book.duplicate, stage.aggregator.book.ignored) == ("1", 1, {})
+
+
+def test_an_event_in_headers_alone_is_a_dead_letter_where_a_value_is_needed() -> None:
+    stage = Stage1(rules())
+    stage.send(None, T0, headers=IN_HEADERS)
+    stage.commit()
+    (letter,) = stage.letters
+    assert (letter.reason, letter.headers, letter.value) == ("value_missing", IN_HEADERS, b"")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [("trace", b"1"), ("content-type", b"application/cloudevents+json"), ("content-type", b"application/json")],
+)
+def test_a_record_without_value_whose_headers_carry_no_event_is_a_tombstone(header: tuple[str, bytes]) -> None:
+    stage = Stage1(rules())
+    stage.send(None, T0, headers=[header])
+    assert stage.aggregator.book.ignored == {"tombstone": 1}
+
+
 def test_unkeyed_records_count_and_are_counted() -> None:
     """They cost more Stripe calls: a total for every partition."""
     stage = Stage1(rules())
