@@ -99,7 +99,6 @@ class Group:
 
     def __init__(self, partitions: int, random: Random) -> None:
         self.generation = 0
-        self.rebalances = 0
         self._partitions = list(range(partitions))
         self._random = random
         self._session_ms, self._poll_ms = random.choice(BOUNDS_MS)
@@ -172,7 +171,6 @@ class Group:
     def _share_out(self) -> None:
         self._until = None
         self.generation += 1
-        self.rebalances += 1
         members = list(self._members.values())
         held = {number: client for client in members for number in client.owned}
         shares = self._shares(members, held)
