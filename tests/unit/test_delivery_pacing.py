@@ -236,6 +236,14 @@ def test_a_revoked_key_pauses_the_stage_until_a_probe_passes() -> None:
     assert world.balanced()
 
 
+def test_a_limiter_that_answers_has_not_looked_at_the_key() -> None:
+    """It may stand before whatever knows the keys: opened by it, the stage would storm a door that is shut."""
+    world = crowd(100, in_flight=40)
+    world.run(world.now + MINUTE, lambda _: UNAUTHORISED)
+    world.run(world.now + MINUTE, lambda _: Answer(429, "invalid_request_error", "rate_limit", limited="global-rate"))
+    assert str(world.delivery.paused) == "unauthorised"
+
+
 def test_what_a_commit_marks_while_the_key_is_revoked_is_unmarked() -> None:
     """The commit was on its way; what it armed waits for the pause to end, and must not look tried."""
     world = crowd(10)

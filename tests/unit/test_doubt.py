@@ -349,6 +349,17 @@ def test_a_finished_total_is_where_it_was_delivered_and_may_be_where_it_was_in_d
     )
 
 
+def test_what_was_found_at_stripe_is_surely_there_and_not_perhaps_once_more() -> None:
+    """Counted as both it would explain a difference that another total of its minute makes."""
+    each = entry()
+    each.first_unproven, each.state, each.parked_at = NOW, State.PARKED, NOW + 24 * HOUR
+    found = Command("discard", "tm1", "eve", "", NOW, found="tm1")
+    each.decided(found, Reason.IN_DOUBT)
+    ended = outcome(each, "duplicate", NOW + 25 * HOUR, command=found)
+    here = Place("cus_a", "tokens", 1_793_300_040)
+    assert finished(ended) == ((here, Piece("tm1", 5 * SCALE, NOW + 24 * HOUR)), {})
+
+
 def test_who_does_not_know_that_others_go_on_may_write_until_the_23_hours_are_over() -> None:
     """A process that was suspended with a request in its hands; the total was refused meanwhile, and parked."""
     each = entry()
