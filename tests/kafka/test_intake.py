@@ -211,6 +211,28 @@ def test_records_that_are_not_read_yet_hold_a_quiet_partition_back(kafka: Kafka,
     assert values(reader.totals) == [("cus_a", "7")]
 
 
+def test_the_time_that_a_clock_moves_to_is_read_before_the_end_is_asked_for(
+    kafka: Kafka, reading: Reading_, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is appended while the answer is on its way arrives after that time, and must not find its window closed."""
+    topic = Topic.create(kafka)
+    reader = reading(topic)
+    topic.produce(event(1))
+    reader.consume(1)
+    reader.clock.pass_time(CLOSED_AFTER)
+    asked = reader.clock.now()
+    ends = reader.source.ends
+
+    def slow(*arguments: Any) -> dict[int, int]:
+        answer = ends(*arguments)
+        reader.clock.pass_time(HOUR)
+        return answer
+
+    monkeypatch.setattr(reader.source, "ends", slow)
+    reader.intake._turn()
+    assert asked <= reader.partition().aggregator.book.clock < asked + HOUR
+
+
 @pytest.mark.parametrize("outcome", ["commit", "abort"])
 def test_an_open_transaction_holds_a_quiet_partition_back_until_it_ends(
     kafka: Kafka, reading: Reading_, outcome: str
