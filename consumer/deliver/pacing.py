@@ -196,11 +196,10 @@ class Gate:
             self._plan(now)
 
     def _cured(self, now: int) -> None:
-        if self._risked is not None:
-            self._risked += 1
-        if self._risked is None or self._risked >= self.UNKNOWN:
+        if self._risked is None or self._risked + 1 >= self.UNKNOWN:
             self._open()
         else:
+            self._risked += 1
             self._probes = 0
             self._plan(now)
 
@@ -225,7 +224,7 @@ class Gate:
 
     def _open(self) -> None:
         self.turned += 1
-        self.shut = None
+        self.shut = self._risked = None
         self._forget_silence()
         self._last.clear()
         self._refused.clear()

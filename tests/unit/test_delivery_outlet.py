@@ -132,6 +132,12 @@ def test_where_stripe_takes_totals_and_never_says_what_its_meters_bill_all_go_on
     assert len(world.stripe.billed) == 60
     assert world.delivery.shut is None
 
+    for number in range(20):
+        world.total(f"c{number}")
+    run(world, until=world.now + MINUTE, answer=lambda _: NeverConnected())
+    world.outlet.meters_known(world.now)
+    assert str(world.delivery.shut) == "down", "that it takes them is known by now, and it does not answer any more"
+
 
 def test_nobody_waits_for_a_total_to_find_out_that_the_meters_are_known() -> None:
     """Nothing is to be sent, and Stripe is not down."""

@@ -272,6 +272,15 @@ def test_only_the_probe_ends_a_pause() -> None:
     assert world.delivery.paused == "unauthorised"
 
 
+def test_a_limiter_that_answers_shows_that_stripe_is_there() -> None:
+    world = crowd(60)
+    world.run(world.now + MINUTE, lambda _: Lost())
+    assert str(world.delivery.shut) == "down"
+    limited = Answer(429, "invalid_request_error", "rate_limit", limited="global-rate")
+    world.run(world.now + MINUTE, lambda _: limited)
+    assert world.delivery.shut is None
+
+
 def test_failures_between_answers_are_not_an_outage() -> None:
     """Stripe is there, and slow for some."""
     world = crowd(100)
