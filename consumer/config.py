@@ -6,8 +6,9 @@ exists, whether Stripe knows the meter) is not asked here.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import (
     Discriminator,
@@ -21,13 +22,14 @@ from pydantic import (
     model_validator,
 )
 
-from consumer import credentials, events
+from consumer import credentials, events, tokens
 from consumer.aggregate.duplicates import INTERVALS
 from consumer.aggregate.meters import WINDOW_MS
 from consumer.aggregate.meters import Meter as CoreMeter
 from consumer.aggregate.windows import EARLY_MARKS, MINUTE
 from consumer.config_file import Document, Place, Problem, report, written
 from consumer.config_values import (
+    AwsRegion,
     BaseAddress,
     Customer,
     Duration,
@@ -55,6 +57,23 @@ class ConfigError(Exception):
     """The configuration is wrong. The text is complete, made for the user, and holds no secret."""
 
 
+class AwsMskIam(Section):
+    """Amazon MSK with IAM. Who we are is what AWS's library finds in its environment: a role, a pod identity, keys."""
+
+    kind: Literal["aws_msk_iam"] = Field(description="aws_msk_iam: Amazon MSK with IAM.")
+    region: AwsRegion | None = Field(default=None, description="The cluster's region. Unset, it is AWS_REGION.")
+
+    @field_validator("kind")
+    @classmethod
+    def _installed(cls, value: str) -> str:
+        if not tokens.can_sign():
+            raise ValueError(
+                "needs AWS's library, which is not installed: pip install 'tallyman[msk]', or build the image with"
+                " --build-arg EXTRAS=[msk]"
+            )
+        return value
+
+
 class Kafka(Section):
     """Where usage events are read."""
 
@@ -68,6 +87,11 @@ class Kafka(Section):
         description="What a record's timestamp must be. log_append_time: the broker's clock, so that reading the topic"
         " again gives the same totals. create_time accepts producers' clocks and gives that up.",
     )
+    token: AwsMskIam | None = Field(
+        default=None,
+        description="What Kafka is shown where it takes neither a password nor a certificate; sets security.protocol"
+        " SASL_SSL and sasl.mechanism OAUTHBEARER.",
+    )
     options: dict[str, Option] = Field(
         default_factory=dict,
         description="Any setting of librdkafka, by its own name, but for those that Tallyman sets itself. Secrets come"
@@ -76,10 +100,14 @@ class Kafka(Section):
 
     @field_validator("options", mode="wrap")
     @classmethod
-    def _allowed(cls, value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    def _allowed(cls, value: object, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> object:
         if not isinstance(value, dict):
             return handler(value)
         refused = {name: reason for name in value if (reason := credentials.why_not(name)) is not None}
+        if info.data.get("token") is not None:
+            refused |= {name: "kafka.token says who we are: remove one of them" for name in value if _is_sasl(name)}
+            if not str(value.get("security.protocol", "sasl_ssl")).lower().startswith("sasl_"):
+                refused["security.protocol"] = "kafka.token is shown by SASL: remove it, for SASL_SSL is the default"
         try:
             options = handler({name: given for name, given in value.items() if name not in refused})
         except ValidationError as error:
@@ -89,6 +117,10 @@ class Kafka(Section):
         if refused or wrong:
             raise invalid([*(((name,), reason) for name, reason in refused.items()), *wrong])
         return options
+
+
+def _is_sasl(option: str) -> bool:
+    return option.strip().lower().replace("_", ".").startswith("sasl.")
 
 
 class SqliteStorage(Section):
@@ -341,6 +373,7 @@ class Config(Section):
     meters: tuple[Meter, ...] = Field(strict=False, min_length=1, description="What is counted.")
 
     _secrets: credentials.Secrets = PrivateAttr(default_factory=credentials.Secrets)
+    _provider: tokens.Provider = PrivateAttr(default_factory=lambda: tokens.aws_msk_iam)
 
     @field_validator("webhook")
     @classmethod
@@ -373,9 +406,9 @@ class Config(Section):
         return listed
 
     def model_post_init(self, context: object) -> None:
-        """Take the secrets, which are given beside the file."""
-        if isinstance(context, credentials.Secrets):
-            self._secrets = context
+        """Take what is given beside the file."""
+        if isinstance(context, _Beside):
+            self._secrets, self._provider = context
 
     @property
     def secrets(self) -> credentials.Secrets:
@@ -403,10 +436,19 @@ class Config(Section):
             for each in self.meters
         )
 
-    def kafka_client(self) -> dict[str, str]:
+    @cached_property
+    def kafka_tokens(self) -> tokens.Tokens | None:
+        """Where all of this process's clients have their tokens from, if Kafka is to be shown any."""
+        token = self.kafka.token
+        return None if token is None else tokens.Tokens(self._provider(token.region))
+
+    def kafka_client(self) -> dict[str, Any]:
         """The user's settings for a librdkafka client, secrets included: never to be logged."""
+        by_token: dict[str, Any] = {}
+        if self.kafka_tokens is not None:
+            by_token = {"security.protocol": "SASL_SSL", "sasl.mechanism": "OAUTHBEARER", "oauth_cb": self.kafka_tokens}
         secrets = {name: value.get_secret_value() for name, value in self.secrets.kafka.items()}
-        return {"bootstrap.servers": self.kafka.bootstrap_servers} | self.kafka.options | secrets
+        return {"bootstrap.servers": self.kafka.bootstrap_servers} | by_token | self.kafka.options | secrets
 
 
 _IN_TIME: Final = "events that are in time for their window would become dead letters"
@@ -453,8 +495,18 @@ def schema() -> dict[str, Any]:
     return Config.model_json_schema(schema_generator=Schema)
 
 
-def load(path: Path | str, environ: Mapping[str, str]) -> Config:
-    """Read the file and the secrets; raises `ConfigError` with all that is wrong in either."""
+class _Beside(NamedTuple):
+    """What a configuration is given beside its file."""
+
+    secrets: credentials.Secrets
+    provider: tokens.Provider
+
+
+def load(path: Path | str, environ: Mapping[str, str], *, provider: tokens.Provider = tokens.aws_msk_iam) -> Config:
+    """Read the file and the secrets; raises `ConfigError` with all that is wrong in either.
+
+    ``provider`` makes the tokens, where `kafka.token` asks for any.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -463,7 +515,7 @@ def load(path: Path | str, environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{path}: the configuration is not UTF-8 (at byte {error.start})") from None
     document = Document(text)
     secrets, wrong = credentials.from_environment(environ)
-    config = _validated(document, secrets) if document.data is not None else None
+    config = _validated(document, _Beside(secrets, provider)) if document.data is not None else None
     problems = [
         *document.problems,
         *(
@@ -481,10 +533,10 @@ def load(path: Path | str, environ: Mapping[str, str]) -> Config:
     return config
 
 
-def _validated(document: Document, secrets: credentials.Secrets) -> Config | None:
+def _validated(document: Document, beside: _Beside) -> Config | None:
     config = None
     try:
-        config = Config.model_validate(document.data, context=secrets)
+        config = Config.model_validate(document.data, context=beside)
     except ValidationError as error:
         for each in error.errors():
             document.problem(document.narrowed(each["loc"]), each["msg"])

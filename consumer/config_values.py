@@ -158,6 +158,7 @@ _TOPIC: Final = r"^[A-Za-z0-9._-]{1,249}$"
 _SERVERS: Final = r"^[^\s,@/]+:[0-9]+(,[^\s,@/]+:[0-9]+)*$"
 _BASE: Final = r"^https?://[^\s/@]+/?$"
 _PAYLOAD_KEY: Final = r"^[^\s\[\]]{1,100}$"
+_REGION: Final = r"^[a-z]+(-[a-z]+)+-[0-9]+$"
 
 _PATTERNS: Final = {
     _NAME: "lower-case letters, digits, '-', '_' and '.', beginning with a letter or digit, at most 64 characters",
@@ -165,6 +166,7 @@ _PATTERNS: Final = {
     _SERVERS: "host:port, several separated by commas, without user name or password",
     _BASE: "https://host or https://host:port, without path, user name or password",
     _PAYLOAD_KEY: "1 to 100 characters, no spaces or brackets",
+    _REGION: "a region of AWS's, such as eu-central-1",
 }
 
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -172,6 +174,7 @@ Name = Annotated[str, StringConstraints(pattern=_NAME)]
 PayloadKey = Annotated[str, StringConstraints(pattern=_PAYLOAD_KEY)]
 Topic = Annotated[str, StringConstraints(pattern=_TOPIC)]
 Servers = Annotated[str, StringConstraints(pattern=_SERVERS)]
+AwsRegion = Annotated[str, StringConstraints(pattern=_REGION)]
 BaseAddress = Annotated[str, StringConstraints(pattern=_BASE)]
 Customer = Annotated[str, AfterValidator(_customer)]
 PathText = Annotated[str, AfterValidator(_path), WithJsonSchema({"type": "string", "pattern": r"^\$"})]

@@ -13,6 +13,7 @@ import structlog
 from confluent_kafka import OFFSET_END, Consumer, Message, TopicPartition
 
 from consumer.runtime.source import SourceError
+from consumer.storage.kafka_client import made
 
 log = structlog.get_logger()
 
@@ -31,9 +32,7 @@ _MEMBER: Final = {
     # Longer than any commit takes: whose loop stands still for so long has nothing to keep.
     "max.poll.interval.ms": 60_000,
 }
-_LASTING: Final = frozenset(
-    {"TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED", "SASL_AUTHENTICATION_FAILED", "_AUTHENTICATION"}
-)
+_LASTING: Final = frozenset({"TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED"})
 
 
 class Owner(Protocol):
@@ -96,7 +95,7 @@ class Member:
     def __init__(self, client: Mapping[str, Any], topic: str, group: str) -> None:
         """``client`` are the settings of any librdkafka client."""
         self._topic = topic
-        self._consumer = Consumer(_MEMBER | dict(client) | {"group.id": group})
+        self._consumer = made(Consumer, _MEMBER | dict(client) | {"group.id": group})
         self._owner: Owner | None = None
         self._failure: BaseException | None = None
         self.metadata: bytes = self._consumer.consumer_group_metadata()

@@ -23,6 +23,7 @@ from consumer.runtime.reports import Reported
 from consumer.runtime.source import Silence
 from consumer.runtime.webhooks import Result
 from consumer.storage import FAILURES, Stage
+from consumer.tokens import Tokens
 from consumer.totals import SCALE
 
 _SECONDS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
@@ -122,14 +123,16 @@ class State(Collector):
         *,
         grace: int,
         mode: str,
+        tokens: Tokens | None = None,
     ) -> None:
-        """``grace``: as in ``Requests``. ``mode``: what is done with totals, as configured."""
+        """``grace``: as in ``Requests``. ``mode``: what is done with totals, as configured. ``tokens``: for Kafka."""
         self._grace = grace
         self._mode = mode
         self._intake = intake
         self._reporter = reporter
         self._clock = clock
         self._silence = silence
+        self._tokens = tokens
 
     def collect(self) -> Iterator[Metric]:
         """All families. Read from other threads than those that write: nothing here waits or locks."""
@@ -137,6 +140,12 @@ class State(Collector):
         yield GaugeMetricFamily(
             "tallyman_kafka_up", "1 while Kafka answers, 0 during an outage.", self._silence.since is None
         )
+        if self._tokens is not None:
+            yield GaugeMetricFamily(
+                "tallyman_kafka_token_up",
+                "1 while tokens for Kafka can be made, 0 while they cannot; with kafka.token only.",
+                self._tokens.failure is None,
+            )
         if self._intake is not None:
             yield from self._events(self._intake)
             yield from self._partitions(self._intake)

@@ -21,6 +21,7 @@ from consumer.deadletters import DeadLetter
 from consumer.events import Decoder, Malformed
 from consumer.runtime.source import Source, SourceError
 from consumer.storage import Archive, Log, Logged
+from consumer.storage.kafka_client import made
 
 BATCH: Final = 100
 """Letters produced between two marks; all of them are in memory, with events of up to a megabyte."""
@@ -244,7 +245,8 @@ class _Again:
 
     def __init__(self, config: Config, topic: str) -> None:
         self._topic = topic
-        self._producer = Producer(
+        self._producer = made(
+            Producer,
             {
                 "log_level": "0",
                 "enable.idempotence": "true",
@@ -253,7 +255,7 @@ class _Again:
                 "message.max.bytes": str(64 * 2**20),  # the broker took it once: its limit decides
                 "message.timeout.ms": str(DELIVERY_MS),
             }
-            | config.kafka_client()
+            | config.kafka_client(),
         )
 
     def send(self, whole: Sequence[DeadLetter]) -> list[KafkaError | None]:

@@ -221,8 +221,8 @@ class _Service:
         log.info("stopped")
 
     def _state(self, grace: int) -> State:
-        mode = self._config.stripe.mode
-        return State(self._intake, self._reporter, self._clock, self._silence, grace=grace, mode=mode)
+        mode, tokens = self._config.stripe.mode, self._config.kafka_tokens
+        return State(self._intake, self._reporter, self._clock, self._silence, grace=grace, mode=mode, tokens=tokens)
 
     async def _begun(self) -> Ground | None:
         """The ground under both stages, as soon as Kafka answers; None where we are to stop before."""
@@ -492,6 +492,9 @@ class _Service:
             ]
         if self._silence.since is not None:
             reasons.append(f"Kafka has not answered since {start.shown(self._silence.since)}")
+        tokens = self._config.kafka_tokens
+        if tokens is not None and (failure := tokens.failure) is not None:
+            reasons.append(f"no token for Kafka since {start.shown(failure.since)}: {failure.reason}")
         if self._reporter is not None:
             if self._reporter.outlet.gate.shut:
                 reasons.append(f"nothing is sent to Stripe but single attempts: {self._reporter.outlet.gate.shut}")

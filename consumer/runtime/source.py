@@ -21,7 +21,9 @@ from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
-from consumer.storage.kafka_client import administrator
+from consumer.storage import Unreachable
+from consumer.storage.kafka_client import REFUSING_US, administrator, made
+from consumer.tokens import Tokens
 
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ _MOVING: Final = frozenset(
     }
 )
 """A partition or a group has moved to another broker, or has just been created: the client leaves that to us."""
-_UNREACHABLE: Final = frozenset({"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE"})
+_UNREACHABLE: Final = frozenset({"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE", *REFUSING_US})
 
 
 class SourceError(Exception):
@@ -107,11 +109,14 @@ class Source:
         self.topic = topic
         self.group = group
         self._client = dict(client)
-        self._admin = administrator(self._client)
+        self._admin: AdminClient | None = None
+        self._refusal: str | None = None
+        """Why Kafka does not let us in, as it said when it was asked last."""
 
     def consumer(self) -> Consumer:
         """The consumer of stage 1: offsets are ours alone, and small fetches keep memory and latency low."""
-        return Consumer(
+        return made(
+            Consumer,
             self._client
             | {
                 "group.id": self.group,
@@ -127,7 +132,7 @@ class Source:
                 "fetch.queue.backoff.ms": 10,
                 "queued.min.messages": 20_000,
                 "queued.max.messages.kbytes": 16_384,
-            }
+            },
         )
 
     def describe(self) -> Topic:
@@ -224,24 +229,50 @@ class Source:
         deadline = monotonic() + timeout
         while True:
             # Held here: the answers to a client that is garbage never come, and another thread may replace it.
-            admin = self._admin
+            admin = self._administrator()
+            admin.poll(0)
+            self._refusal = None
             try:
                 return ask(admin)
+            except Unreachable as failed:
+                raise SourceSilent(str(failed)) from None
             except KafkaException as failed:
                 error = failed.args[0]
                 if error.name() in _UNREACHABLE:
+                    admin.poll(0)
                     # A client keeps waiting for the one controller that it was told of, whoever it is by now.
-                    self._admin = administrator(self._client)
-                    servers = self._client["bootstrap.servers"]
-                    raise SourceSilent(
-                        f"Kafka does not answer at {servers} ({error.str()}): is it up, is bootstrap_servers right?"
-                    ) from None
+                    self._admin = None
+                    raise SourceSilent(self._why_silent(error)) from None
                 if error.code() not in _MOVING or monotonic() > deadline:
                     raise SourceError(self._explain(error)) from None
             sleep(AGAIN_S)
             with suppress(KafkaException):
                 # Who leads a partition is asked for once and then believed for minutes, wrong or not.
                 admin.list_topics(self.topic, timeout=timeout)
+
+    def _administrator(self) -> AdminClient:
+        admin = self._admin
+        if admin is None:
+            try:
+                admin = self._admin = administrator(self._client | {"error_cb": self._hear})
+            except Unreachable as failed:
+                raise SourceSilent(str(failed)) from None
+        return admin
+
+    def _hear(self, error: KafkaError) -> None:
+        if error.name() in REFUSING_US:
+            self._refusal = error.str()
+
+    def _why_silent(self, error: KafkaError) -> str:
+        tokens, servers = self._client.get("oauth_cb"), self._client["bootstrap.servers"]
+        if isinstance(tokens, Tokens) and tokens.failure is not None:
+            return f"there is no token for Kafka: {tokens.failure.reason}"
+        if self._refusal is not None:
+            return (
+                f"Kafka at {servers} does not let us in ({self._refusal}): are kafka.options and the secrets right, or "
+                "the role?"
+            )
+        return f"Kafka does not answer at {servers} ({error.str()}): is it up, is bootstrap_servers right?"
 
     def _explain(self, error: KafkaError) -> str:
         servers = self._client["bootstrap.servers"]

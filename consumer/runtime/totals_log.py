@@ -11,7 +11,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from consumer.storage import Log, StorageError
-from consumer.storage.kafka_client import PASSING
+from consumer.storage.kafka_client import PASSING, made
 from consumer.storage.sqlite import SqliteStore
 
 log = structlog.get_logger()
@@ -82,7 +82,7 @@ class KafkaTotals:
     def __init__(self, client: Mapping[str, Any], topic: str, group: str) -> None:
         """``client`` are the settings of any librdkafka client. Of the group nothing is asked: it is a name in logs."""
         self._topic = topic
-        self._consumer = Consumer(_READING | dict(client) | {"group.id": group})
+        self._consumer = made(Consumer, _READING | dict(client) | {"group.id": group})
         self._fetched: dict[int, _Fetched] = {}
         self._lock = Lock()
 

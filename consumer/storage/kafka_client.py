@@ -9,11 +9,15 @@ from confluent_kafka import Consumer, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from consumer.storage import StorageError, Unreachable
+from consumer.tokens import NoToken, Tokens
 
 T = TypeVar("T")
 
 REQUEST_S: Final = 10.0
 AGAIN_S: Final = 0.1
+
+REFUSING_US: Final = frozenset({"_AUTHENTICATION", "SASL_AUTHENTICATION_FAILED"})
+"""Kafka does not believe who we are. It may the next time: tokens expire, and their issuers have outages, too."""
 
 PASSING: Final = frozenset(
     {
@@ -21,6 +25,7 @@ PASSING: Final = frozenset(
         *("NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "NOT_CONTROLLER"),
         *("REQUEST_TIMED_OUT", "NETWORK_EXCEPTION", "UNSTABLE_OFFSET_COMMIT"),
         *("_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE", "_WAIT_COORD"),
+        *REFUSING_US,
     }
 )
 """A partition or a group has moved to another broker or has just been created, or no broker can be reached."""
@@ -40,15 +45,30 @@ _READING: Final = {
 }
 
 
+def made(kind: Callable[[dict[str, Any]], T], settings: Mapping[str, Any]) -> T:
+    """A client of Kafka's, of any kind. Raises ``Unreachable`` where it has no token to show.
+
+    The client itself would look for ten seconds, and not say why there is none. It looks once a second, and finds none
+    at first: so it takes a second to be made.
+    """
+    tokens = settings.get("oauth_cb")
+    if isinstance(tokens, Tokens):
+        try:
+            tokens()
+        except NoToken as failed:
+            raise Unreachable(f"there is no token for Kafka: {failed}") from None
+    return kind(dict(settings))
+
+
 def reader(client: Mapping[str, Any], group: str, *, committed: bool) -> Consumer:
     """A consumer that is assigned its partitions by hand, and is no member of the group whose offsets it may ask."""
     isolation = "read_committed" if committed else "read_uncommitted"
-    return Consumer({**client, **_READING, "group.id": group, "isolation.level": isolation})
+    return made(Consumer, {**client, **_READING, "group.id": group, "isolation.level": isolation})
 
 
 def administrator(client: Mapping[str, Any]) -> AdminClient:
     """Asks and changes what is no record. It logs nothing: nobody polls it for its lines, and what fails is raised."""
-    return AdminClient({name: value for name, value in client.items() if name != "logger"} | {"log_level": "0"})
+    return made(AdminClient, {name: value for name, value in client.items() if name != "logger"} | {"log_level": "0"})
 
 
 NEW: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})

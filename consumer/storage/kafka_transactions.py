@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from consumer.storage import Abandoned, Fenced, OutcomeUnknown, Refused, StorageError, Unreachable
-from consumer.storage.kafka_client import NEW, asked
+from consumer.storage.kafka_client import NEW, asked, made
 from consumer.storage.kafka_records import Headers
 from consumer.storage.kafka_topics import LARGEST_RECORD
 
@@ -53,9 +53,9 @@ _TOO_LARGE: Final = frozenset({"MSG_SIZE_TOO_LARGE", "_MSG_SIZE_TOO_LARGE", "REC
 _LASTING: Final = frozenset(
     {
         *("TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED", "TRANSACTIONAL_ID_AUTHORIZATION_FAILED"),
-        *("CLUSTER_AUTHORIZATION_FAILED", "SASL_AUTHENTICATION_FAILED", "_AUTHENTICATION"),
-        *("_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_OR_PART", "INVALID_RECORD", "POLICY_VIOLATION"),
-        *("INVALID_TRANSACTION_TIMEOUT", "INVALID_TIMESTAMP", "_UNSUPPORTED_FEATURE"),
+        *("CLUSTER_AUTHORIZATION_FAILED", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_OR_PART"),
+        *("INVALID_RECORD", "POLICY_VIOLATION", "INVALID_TRANSACTION_TIMEOUT", "INVALID_TIMESTAMP"),
+        "_UNSUPPORTED_FEATURE",
     }
 )
 """Restoring and trying again would meet the same error for ever: a person has to look."""
@@ -261,7 +261,7 @@ class Transactions:
             "delivery.report.only.error": True,
             "on_delivery": self._delivered,
         }
-        producer = Producer({**self._client, **settings})
+        producer = made(Producer, {**self._client, **settings})
         asked(producer.init_transactions, f"the producer {self.name}", within=self._within)
         return producer
 

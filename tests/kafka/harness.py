@@ -40,6 +40,7 @@ from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import StripeStandIn
 from consumer.storage import Log, Logged, Stage, StorageError
 from consumer.storage.sqlite import SqliteStore
+from consumer.tokens import Provider, aws_msk_iam
 
 SECOND: Final = 1_000
 MINUTE: Final = 60 * SECOND
@@ -272,6 +273,8 @@ class Service:
         self.url = f"http://127.0.0.1:{port}"
         self.environ = {"STRIPE_SECRET_KEY": SECRET_KEY}
         self.clock = MovedClock(folder / "clock")
+        self.provider: Provider = aws_msk_iam
+        """Makes its tokens, where the configuration asks for any."""
         self.stages = frozenset(Stage)
         """Which of them it runs."""
         self._process: ForkServerProcess | None = None
@@ -306,7 +309,8 @@ class Service:
     def spawn(self) -> None:
         """Start the process and wait for nothing."""
         self.write()
-        self._process = _processes.Process(target=_serve, args=(self.folder, self.environ, self.stages), daemon=True)
+        given = (self.folder, self.environ, self.stages, self.provider)
+        self._process = _processes.Process(target=_serve, args=given, daemon=True)
         self._process.start()
 
     def start(self) -> None:
@@ -483,7 +487,7 @@ def values(found: Iterable[totals.Total]) -> list[tuple[str, str]]:
     return sorted((each.customer, each.value) for each in found)
 
 
-def _serve(folder: Path, environ: Mapping[str, str], stages: frozenset[Stage]) -> None:
+def _serve(folder: Path, environ: Mapping[str, str], stages: frozenset[Stage], provider: Provider) -> None:
     """The process. What ends it is said in the last line of its log."""
     with (folder / "log").open("ab") as log:
         os.dup2(log.fileno(), 1)
@@ -492,7 +496,7 @@ def _serve(folder: Path, environ: Mapping[str, str], stages: frozenset[Stage]) -
     structlog.configure(processors=[structlog.processors.TimeStamper(), structlog.processors.JSONRenderer()])
     try:
         service.run(
-            load(folder / "tallyman.yaml", environ),
+            load(folder / "tallyman.yaml", environ, provider=provider),
             service.Surroundings(MovedClock(folder / "clock"), service.kafka_source),
             stages,
         )

@@ -30,8 +30,6 @@ LEAST: dict[str, Any] = {
 }
 """A configuration with nothing in it but what is required."""
 
-SUM = {"aggregation": "sum", "value": "$.n"}
-
 
 def changed(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The least configuration with changes at dotted places: `meters.0.window`; `meters.1` copies the first one."""
@@ -96,7 +94,8 @@ characters, not "Prod EU"
             "2026-11-01T00:00:00" has no offset from UTC: write Z for UTC itself, or an offset like +02:00
 
           line 4, kafka.topik
-            unknown key (did you mean topic?); allowed here: bootstrap_servers, topic, arrival, options
+            unknown key (did you mean topic?); allowed here: bootstrap_servers, topic, arrival, token, \
+options
 
           line 7, kafka.options["sasl.password"]
             secrets do not belong in this file: set KAFKA_SASL_PASSWORD, or KAFKA_SASL_PASSWORD_FILE to the name of a \
@@ -262,6 +261,7 @@ def test_the_least_configuration_has_the_documented_defaults(tmp_path: Path) -> 
         "bootstrap_servers": "localhost:9092",
         "topic": "usage-events",
         "arrival": "log_append_time",
+        "token": None,
         "options": {},
     }
     assert least.storage.model_dump() == {"kind": "sqlite", "path": Path("var/tallyman.db")}

@@ -34,6 +34,7 @@ from consumer.runtime.source import Source
 from consumer.runtime.stripe import Stripe
 from consumer.runtime.totals_log import SqliteTotals
 from consumer.storage.sqlite import SqliteStore
+from consumer.tokens import Tokens
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -203,7 +204,10 @@ def families(tmp_path: Path) -> list[_Family]:
                 observe=requests.observe,
             )
             intake.run(lambda: True)
-            registry.register(State(intake, reporter, clock, intake.silence, grace=3_600_000, mode="send"))
+            tokens = Tokens(lambda: pytest.fail("nobody asks for one"))
+            registry.register(
+                State(intake, reporter, clock, intake.silence, grace=3_600_000, mode="send", tokens=tokens)
+            )
             found = [
                 _Family(m.name + _SUFFIX.get(m.type, ""), m.type, _labels(m), m.documentation)
                 for m in registry.collect()
