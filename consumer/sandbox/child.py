@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from consumer.sandbox.stripe import SECRET_KEY
 
 _STOP_S: Final = 15.0
+_LAST_LINES: Final = 15
 _LONGEST_LINE: Final = 200
 
 
@@ -134,7 +135,7 @@ class Child:
             waiting=sums["tallyman_totals unread"] + sums["tallyman_totals pending"],
         )
 
-    def log_tail(self, lines: int = 15) -> str:
+    def log_tail(self) -> str:
         """The end of its log, without the ends of long lines."""
         written = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
-        return "\n".join(line[:_LONGEST_LINE] for line in written.splitlines()[-lines:])
+        return "\n".join(line[:_LONGEST_LINE] for line in written.splitlines()[-_LAST_LINES:])

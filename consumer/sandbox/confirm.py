@@ -31,8 +31,6 @@ from consumer.sandbox.confirm_account import Account, Failed, LiveMode
 from consumer.sandbox.confirm_checks import CHECKS, Check, Verdict, ask_all
 
 STRIPE: Final = "https://api.stripe.com"
-RATE: Final = 8.0
-"""Calls a second: a third of what a sandbox takes, which others may be using."""
 PATIENCE_S: Final = 300.0
 WIDE: Final = 180
 """Columns where nobody looks at a terminal."""
@@ -67,7 +65,6 @@ async def confirm(
     run: str,
     wanted: Callable[[Check], bool] = lambda _: True,
     patience: float = PATIENCE_S,
-    rate: float = RATE,
     now: Callable[[], float] = time.time,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     progress: Callable[[str], None] = lambda _: None,
@@ -79,7 +76,7 @@ async def confirm(
         found[check.name] = Answer(check.name, check.question, check.expected, hidden(observed), verdict)
         progress(f"{check.name}: {verdict}")
 
-    async with Account(key, base=base, run=run, patience=patience, rate=rate, now=now, sleep=sleep) as account:
+    async with Account(key, base=base, run=run, patience=patience, now=now, sleep=sleep) as account:
         await ask_all(account, wanted, tell)
     return [found[each.name] for each in CHECKS if each.name in found], account.left, account.calls
 

@@ -61,6 +61,7 @@ class StripeAccount:
     # Meter events
 
     def create_event(self, call: Call) -> MeterEvent:
+        """Accept a Meter Event; raises ``Refused``."""
         params = check(call.params, EVENT)
         now = self.now()
         timestamp = params.get("timestamp", int(now))

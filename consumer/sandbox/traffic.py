@@ -29,6 +29,9 @@ REACH_MS: Final = 45 * MINUTE_MS
 SETTLED_AFTER_MS: Final = 31 * MINUTE_MS
 """A tombstone dated this long after the last arrival closes every window, those of corrections included."""
 
+REPEATED_WITHIN_MS: Final = 3 * MINUTE_MS
+"""Repetitions come at most so long after what they repeat."""
+
 AI_TOKENS: Final = "ai_tokens"
 API_CALLS: Final = "api_calls"
 
@@ -206,13 +209,12 @@ class Traffic:
     Repetitions go to the partition of what they repeat. Two runs with different seeds share no event.
     """
 
-    def __init__(self, mix: Mix, *, seed: int, partitions: int, repeat_within_ms: int = 3 * MINUTE_MS) -> None:
+    def __init__(self, mix: Mix, *, seed: int, partitions: int) -> None:
         self.expected = Expected()
         """Of all records made so far."""
         self._mix = mix
         self._random = Random(seed)  # noqa: S311 - reproducible traffic, no secrets
         self._run = f"{seed:08x}"
-        self._repeat_within_ms = repeat_within_ms
         self._repeats: list[_Repeat] = []
         self._order = count()
         self._made = self._malformed = 0
@@ -246,7 +248,7 @@ class Traffic:
         else:
             counts.counted += 1
         if self._random.random() < self._mix.duplicates:
-            due_ms = arrival_ms + int(self._random.random() * self._repeat_within_ms)
+            due_ms = arrival_ms + int(self._random.random() * REPEATED_WITHIN_MS)
             heappush(self._repeats, _Repeat(due_ms, next(self._order), customer, kind, headers, value))
         return Message(customer.key, customer.partition, arrival_ms, headers, value)
 
