@@ -265,6 +265,15 @@ def _is_binary(headers: Sequence[tuple[str, bytes | None]]) -> bool:
     return binary
 
 
+def in_value(headers: Sequence[tuple[str, bytes | None]]) -> bool:
+    """Whether the headers surely leave it to the value to be the event; for the hot path."""
+    for header, text in headers:
+        carried = _carried_by[header]
+        if carried and (carried != _CONTENT_TYPE or _envelope_of[text or b""] == "batch"):
+            return False
+    return True
+
+
 def in_headers(headers: Headers) -> bool:
     """Whether a record is an event by its headers alone: in binary mode one without data has no value."""
     try:

@@ -127,7 +127,7 @@ class Aggregator:
         ahead = now + AGREEMENT
         book, remembered = self.book, self._remembered
         typed, only, seconds, rests = self._decoder.typed, self._only, events.SECONDS, events.RESTS
-        seen, fresh, prefixes = remembered.seen, remembered.fresh, PREFIXES
+        seen, fresh, prefixes, in_value = remembered.seen, remembered.fresh, PREFIXES, events.in_value
         arrival, interval = book.arrival, remembered.interval
         earliest, latest = max(self._earliest, arrival - self._accept_late), arrival + FUTURE
         taken = general = 0
@@ -141,7 +141,8 @@ class Aggregator:
                 elif stamp_type == LOG_APPEND_TIME:
                     break
             taken += 1
-            if not headers and key is not None and value is not None and stamp <= arrival and value.isascii():
+            plain = not headers or in_value(headers)
+            if plain and key is not None and value is not None and stamp <= arrival and value.isascii():
                 try:
                     event = typed(value)
                     count = only[event.type]

@@ -174,15 +174,24 @@ ACTS: Final = st.lists(
 )
 
 
+_HEADERS: Final[tuple[list[tuple[str, bytes | None]] | None, ...]] = (
+    None,
+    [("content-type", b"application/cloudevents+json; charset=UTF-8"), ("traceparent", b"00-1-2-01")],
+    [("trace", None)],
+)
+"""What may stand beside an event that is the value, and changes nothing."""
+
+
 def stage_of(log: list[Written], **settings_: int) -> Stage1:
     """Stage 1 before it has read any of this log, under the meters above, with a reader's clock that stands still."""
     now = max((each.said.arrival for each in log if each.said.arrival < T0 + 300 * DAY), default=T0)
     stage = Stage1(rules(*map(real, METERS), bill_from=BILL_FROM, **settings_), now=now)
-    for each in log:
+    for number, each in enumerate(log):
         stage.write(
             each.value,
             each.said.arrival,
             key=None if each.said.unkeyed else b"k",
+            headers=_HEADERS[number % len(_HEADERS)],
             stamp_type=1 if each.said.by_producer else 2,
         )
     return stage

@@ -560,6 +560,26 @@ def test_an_event_that_carries_another_event_is_the_outer_one() -> None:
     assert [(total.customer, total.value) for total in stage.close_all()] == [("relay", "5")]
 
 
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (("Content-Type", b"application/cloudevents+json"), None),
+        (("content-type", b"application/json"), None),
+        (("content-type", None), None),
+        (("ce-id", b"2"), None),
+        (("content-type", b"application/cloudevents-batch+json"), "batch_mode"),
+        (("CE_id", b"2"), "missing_attribute"),
+        (("ce_", b""), "invalid_attribute"),
+    ],
+)
+def test_headers_say_whether_the_value_is_the_event(header: tuple[str, bytes | None], reason: str | None) -> None:
+    """Also where it looks like one: several in one record, or somebody else's data, must not be counted as one."""
+    stage = Stage1(rules())
+    stage.send(event("0"), T0)
+    stage.send(event("1"), T0, headers=[("trace", b"1"), header])
+    assert next(iter(stage.dead), None) == reason
+
+
 def test_text_that_is_not_utf_8_is_a_dead_letter_wherever_it_is() -> None:
     """Two readers would otherwise make different events of it."""
     stage = Stage1(rules())
