@@ -275,6 +275,8 @@ class _Service:
             while not self._judged:
                 await asyncio.sleep(ASK_STRIPE_AGAIN_S)
                 self._judged = await self._judge_meters()
+                if self._judged and self._reporter is not None:
+                    self._reporter.outlet.meters_known(self._clock.now())
         except Exception as failed:  # noqa: BLE001 - raised again when both stages have ended in good order
             self._judgement = failed
             self._stop.set()
@@ -304,6 +306,8 @@ class _Service:
             )
             file = CustomerFile(config.customers.path) if isinstance(config.customers, CustomerFileConfig) else None
             outlet = Outlet(stripe_check.rate_limit(config))
+            if not self._judged:
+                outlet.meters_unknown(self._clock.now())
 
             def deliver(customers: Customers) -> Delivery:
                 return Delivery(
