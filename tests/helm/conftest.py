@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import pytest
 import yaml
 
-from tests.go import GoUnavailableError, program
+from tests.go import HELM, KUBECONFORM, GoUnavailableError
 from tests.helm import engine, manifests
 from tests.helm.schema import CHART
 
@@ -46,7 +46,7 @@ class Helm:
 
     def objects(self, values: Path, *settings: str) -> Objects:
         """The same, read."""
-        return Objects(list(filter(None, yaml.safe_load_all(self.render(values, *settings)))))
+        return Objects(list(filter(None, yaml.load_all(self.render(values, *settings), yaml.CSafeLoader))))
 
     def _run(self, *arguments: str, kubernetes: str = NEWEST) -> str:
         done = subprocess.run(
@@ -94,13 +94,13 @@ def _or_skip(make: Callable[[], Made]) -> Made:
 @pytest.fixture(scope="session")
 def helm() -> Helm:
     """The real helm."""
-    return _or_skip(lambda: Helm(program("helm.sh/helm/v3/cmd/helm", "v3.19.0")))
+    return _or_skip(lambda: Helm(HELM.built()))
 
 
 @pytest.fixture(scope="session", params=["1.27.0", NEWEST])
 def validated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Helm, Path], str]:
     """Renders for a version of Kubernetes; returns what kubeconform says of each manifest that is not valid there."""
-    kubeconform = _or_skip(lambda: program("github.com/yannh/kubeconform/cmd/kubeconform", "v0.8.0"))
+    kubeconform = _or_skip(KUBECONFORM.built)
     operators = _or_skip(lambda: manifests.operators(tmp_path_factory.mktemp("operators")))
     kubernetes = manifests.kubernetes(request.param, tmp_path_factory.mktemp("kubernetes"))
 

@@ -1,4 +1,7 @@
-"""A Docker engine, and under the name of the image's base something to build on."""
+"""A Docker engine, and under the name of the image's base something to build on.
+
+``python -m tests.helm.engine`` makes that something, where an engine of our own will need it.
+"""
 
 from __future__ import annotations
 
@@ -73,25 +76,35 @@ def image() -> Iterator[Image]:
 @contextmanager
 def engine(base: str) -> Iterator[Engine]:
     """The engine that runs here, or one of our own that has the base; raises ``EngineUnavailableError``."""
-    if shutil.which("docker") is None:
-        raise EngineUnavailableError("there is no command docker")
-    running = Engine(dict(os.environ))
-    if running("info", "--format", "{{.ServerVersion}}", check=False).returncode == 0:
+    if running := _running():
         if running("image", "inspect", base, check=False).returncode:
             pulled = running("pull", "--quiet", base, check=False)
             if pulled.returncode:
                 raise EngineUnavailableError(f"an engine runs, and cannot fetch {base}: {pulled.stderr.strip()}")
         yield running
         return
-    missing = [each for each in ("dockerd", "debootstrap") if shutil.which(each) is None]
-    if missing or os.geteuid() != 0:
-        raise EngineUnavailableError(f"no engine runs, and to start one needs root, {' and '.join(missing) or 'too'}")
+    _possible()
     with _own() as own:
         with _tree() as tree, tree.open("rb") as packed:
             subprocess.run(
                 ["docker", "import", "-", base], env=own.environ, stdin=packed, check=True, capture_output=True
             )
         yield own
+
+
+def _running() -> Engine | None:
+    """The engine that runs here."""
+    if shutil.which("docker") is None:
+        raise EngineUnavailableError("there is no command docker")
+    found = Engine(dict(os.environ))
+    return found if found("info", "--format", "{{.ServerVersion}}", check=False).returncode == 0 else None
+
+
+def _possible() -> None:
+    """Raise where none of our own can be started."""
+    missing = [each for each in ("dockerd", "debootstrap") if shutil.which(each) is None]
+    if missing or os.geteuid() != 0:
+        raise EngineUnavailableError(f"no engine runs, and to start one needs root, {' and '.join(missing) or 'too'}")
 
 
 @contextmanager
@@ -150,3 +163,10 @@ def _tree() -> Iterator[Path]:
                 subprocess.run(["tar", "-C", str(tree), *left_out, "-cf", str(made), "."], check=True)
                 made.rename(packed)
     yield packed
+
+
+if __name__ == "__main__":
+    if _running() is None:
+        _possible()
+        with _tree():
+            pass

@@ -34,11 +34,9 @@ from consumer.runtime.setup import Account, Terms, setup
 from consumer.runtime.stripe import API_VERSION, Stripe
 from consumer.runtime.stripe_reads import KeyRefused
 from consumer.totals import Destination
-from tests.go import GoUnavailableError, program
+from tests.go import STRIPE_MOCK, GoUnavailableError
 
 ADDRESS: Final = "TALLYMAN_STRIPE_MOCK"
-PACKAGE: Final = "github.com/stripe/stripe-mock"
-VERSION: Final = "v0.197.0"
 KEY: Final = "sk_test_mock"
 
 SPECIFIED: Final = "2025-09-30.clover"
@@ -58,7 +56,7 @@ meters:
 @contextlib.contextmanager
 def listening(*options: str) -> Iterator[str]:
     """A stripe-mock of our own, and its address."""
-    command = [str(program(PACKAGE, VERSION)), "-http-addr", "127.0.0.1:", "-https-addr", "127.0.0.1:", *options]
+    command = [str(STRIPE_MOCK.built()), "-http-addr", "127.0.0.1:", "-https-addr", "127.0.0.1:", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             assert process.stdout is not None
@@ -164,7 +162,7 @@ def address() -> Iterator[str]:
         yield given
         return
     try:
-        program(PACKAGE, VERSION)
+        STRIPE_MOCK.built()
     except GoUnavailableError as missing:
         if os.environ.get("CI") and shutil.which("go"):
             raise
