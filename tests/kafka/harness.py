@@ -25,7 +25,9 @@ from typing import Any, Final
 import structlog
 from confluent_kafka import KafkaError, Message, Producer
 from confluent_kafka.admin import AdminClient
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from consumer import deadletters, totals
 from consumer.config import load
@@ -104,11 +106,13 @@ class MovedClock:
 
 def until(holds: Callable[[], object], what: str, *, within: float = 20.0, context: Callable[[], str] = str) -> None:
     """Wait for a condition; fails with what was waited for, and with what the context says by then."""
-    deadline = time.monotonic() + within
+    began = time.monotonic()
     while not holds():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > within:
             raise AssertionError(f"not within {within} s: {what}\n{context()}")
-        time.sleep(0.02)
+        # Looking costs both who looks and who is looked at: the longer it takes, the less often.
+        time.sleep(min(max(waited / 10, 0.02), 0.1))
 
 
 def real_now() -> int:
@@ -217,30 +221,40 @@ class Page:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.families = list(text_string_to_metric_families(text))
-        self._samples = [(s.name, s.labels, s.value) for family in self.families for s in family.samples]
+
+    @cached_property
+    def families(self) -> list[Metric]:
+        """All that is on it."""
+        return list(text_string_to_metric_families(self.text))
 
     def sum(self, name: str, **labels: str) -> float:
         """The sum of the samples that have these labels among theirs."""
-        return sum(v for n, have, v in self._samples if n == name and labels.items() <= have.items())
+        return sum(each.value for each in self._samples(name) if labels.items() <= each.labels.items())
 
     def by(self, name: str, *labels: str) -> dict[tuple[str, ...], float]:
         """The samples of a name, by the values of these labels."""
         found: dict[tuple[str, ...], float] = {}
-        for n, have, value in self._samples:
-            if n == name:
-                key = tuple(have[label] for label in labels)
-                found[key] = found.get(key, 0) + value
+        for each in self._samples(name):
+            key = tuple(each.labels[label] for label in labels)
+            found[key] = found.get(key, 0) + each.value
         return found
+
+    def _samples(self, name: str) -> list[Sample]:
+        # To read the whole page would be most of what waiting for something on it costs.
+        lines = "".join(f"{line}\n" for line in self.text.splitlines() if line.startswith(name))
+        found = text_string_to_metric_families(lines)
+        return [each for family in found for each in family.samples if each.name == name]
 
     @property
     def counters(self) -> dict[object, float]:
         """All counters of events and totals, which no crash may set back."""
-        counters = {f"{family.name}_total" for family in self.families if family.type == "counter"}
         return {
-            (n, tuple(sorted(have.items()))): v
-            for n, have, v in self._samples
-            if n in counters and n.startswith("tallyman_") and "stripe_requests" not in n and "after_grace" not in n
+            (each.name, tuple(sorted(each.labels.items()))): each.value
+            for family in self.families
+            if family.type == "counter" and family.name.startswith("tallyman_")
+            if "stripe_requests" not in family.name and "after_grace" not in family.name
+            for each in family.samples
+            if each.name == f"{family.name}_total"
         }
 
 
