@@ -20,45 +20,46 @@ from tests.alerts.dashboards import ALL
 from tests.alerts.drawing import Points, page, picture
 from tests.alerts.prometheus import Prometheus
 from tests.alerts.rules import ROOT
-from tests.alerts.stories import Steps, Stories, Usage, backlog, flowing, reconcile, started
+from tests.alerts.stories import Plot, Scene, Steps, Stories, Usage, backlog, flowing, started, told
 from tests.kafka.cluster import running_kafka
-from tests.kafka.harness import MINUTE, Bench, Service, event, iso, real_now
+from tests.kafka.harness import MINUTE, event, iso, real_now
 
 DOCS: Final = ROOT / "docs"
 MINUTES: Final = 8.0
 
 
-def a_day_in_minutes(on: Bench, services: list[Service]) -> Steps:
+def a_day_in_minutes(scene: Scene) -> Steps:
     """What a dashboard has to show: usage, an outage of Stripe, and what wants a person."""
-    first, second = services
+    stripe = scene.on.stripe
+    first, second = scene.services
     first.stages, second.stages = frozenset({Stage.AGGREGATE}), frozenset({Stage.DELIVER})
-    for each in services:
+    for each in scene.services:
         each.config["meters"] = [
             each.config["meters"][0] | {"name": "ai-tokens"},
             {"name": "requests", "event_types": ["used"], "aggregation": "count", "stripe": {"event_name": "requests"}},
         ]
-    on.stripe.model.add_meter("requests")
-    on.stripe.faults.latency = (0.1, 0.35)
+    stripe.model.add_meter("requests")
+    stripe.faults.latency = (0.1, 0.35)
     error = {"type": "invalid_request_error", "message": "No such customer: 'cus_9'", "code": "resource_missing"}
     refused = Instead(400, json.dumps({"error": error}).encode())
-    on.stripe.faults.plan = lambda number, _: refused if number in {50, 90, 130} else None
-    yield from started(*services)
+    stripe.faults.plan = lambda number, _: refused if number in {50, 90, 130} else None
+    yield from started(*scene.services)
     backlog(first.topic, 300)
     usage = Usage(first.topic, customers=150)
     yield from flowing(usage, seconds=100)
     usage.produce(time=iso(real_now() - 3 * MINUTE), data={"n": 1234.123456789012})
     usage.broken([event(1, customer=""), b"{", event("many")] * 4)
     yield from flowing(usage, seconds=15, repeat=True)
-    on.stripe.down()
+    stripe.down()
     yield from flowing(usage, seconds=100)
-    on.stripe.up()
+    stripe.up()
     yield from flowing(usage, seconds=60)
     yield from flowing(usage, seconds=30, key=False)
     first.kill()
     yield from flowing(usage, seconds=20)
     yield from started(first)
     yield from flowing(usage, seconds=40)
-    Thread(target=reconcile, args=(second,), daemon=True).start()
+    Thread(target=told, args=(second, "reconcile"), daemon=True).start()
     yield from flowing(usage)
 
 
@@ -71,8 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, running_kafka() as kafka:
         stories = Stories(kafka, None, Path(folder, "stories"))
         with stories:
-            stories.add("scaled", a_day_in_minutes)
-            with Prometheus(Path(folder, "prometheus"), {"shop": stories.targets["scaled"]}, fast=False) as prometheus:
+            stories.add(Plot("shop", a_day_in_minutes, processes=2, kafka=True))
+            with Prometheus(Path(folder, "prometheus"), stories.targets, fast=False) as prometheus:
                 end = time.monotonic() + given.minutes * 60
                 while time.monotonic() < end:
                     stories.go_on()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,16 +18,10 @@ from confluent_kafka import Producer
 from typer.testing import CliRunner
 
 from consumer.cli import app
-from consumer.sandbox.kafka import Kafka, LocalKafka, free_ports
-from consumer.sandbox.stripe_notifications import Destination
-from consumer.sandbox.stripe_server import Fault, Instead, Wrong
-from consumer.storage import Append, Log, Stage
-from consumer.totals import Compared, Comparison, encode
+from consumer.sandbox.kafka import Arrival, Kafka, LocalKafka
 from tests.kafka.harness import (
     DAY,
-    HOUR,
     MINUTE,
-    TOKENS,
     Bench,
     Service,
     Topic,
@@ -41,16 +37,58 @@ Steps = Iterator[float]
 """What happens one thing after another; each gives how many seconds pass until the next one."""
 
 SOON: Final = {"lateness": "0s", "settle": "0s"}
-WEBHOOK_SECRET: Final = "whsec_stories"  # noqa: S105 - opens nothing
-LAG_S: Final = 20
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where a story happens."""
+
+    on: Bench
+    services: list[Service]
+    cured: Callable[[], bool]
+    """Whether it is time to do what the runbook says."""
+
+    @property
+    def service(self) -> Service:
+        """The first of its processes, or the only one."""
+        return self.services[0]
+
+    @property
+    def topic(self) -> Topic:
+        """Where they read."""
+        return self.service.topic
+
+    def until_cured(self) -> Steps:
+        """Leave it as it is."""
+        while not self.cured():
+            yield 0.2
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What goes wrong, which alerts that brings, and what cures it."""
+
+    name: str
+    tell: Callable[[Scene], Steps]
+    expected: tuple[str, ...] = ()
+    """Alerts, without what their names begin with."""
+    processes: int = 1
+    kafka: bool = False
+    """Where state is kept: in Kafka, or in a file."""
+    arrival: Arrival = "create_time"
+    customers: bool = False
+    """Whether a file names them."""
+    alone: bool = False
+    """Whether it has a Kafka of its own."""
+    scraped: int | None = None
+    """How many of the processes Prometheus knows; None: all."""
 
 
 @dataclass
 class Story:
     """One job of Prometheus."""
 
-    name: str
-    expected: frozenset[str]
+    plot: Plot
     services: list[Service]
     steps: Steps
     at: float = field(default=0.0)
@@ -94,10 +132,10 @@ def backlog(topic: Topic, customers: int, *, minutes: int = 6) -> None:
         past_events(topic, used, at=real_now() - minutes * MINUTE, partition=partition)
 
 
-def flowing(usage: Usage, *, seconds: float = 1e9, **how: Any) -> Steps:
+def flowing(usage: Usage, *, seconds: float = 1e9, end: Callable[[], bool] = lambda: False, **how: Any) -> Steps:
     """Usage for so long."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not end():
         usage.produce(**how)
         yield 0.5
 
@@ -106,11 +144,12 @@ class Stories:
     """All of them at once; each has a stand-in for Stripe of its own."""
 
     def __init__(self, kafka: Kafka, away: LocalKafka | None, folder: Path) -> None:
-        """``away``: the broker that goes away."""
+        """``away``: the broker of those that have one of their own; without it they are left out."""
         self._kafka = kafka
         self._away = away
         self._folder = folder
         self._running = ExitStack()
+        self._cured = False
         self.stories: list[Story] = []
 
     def __enter__(self) -> Self:
@@ -119,71 +158,47 @@ class Stories:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._running.close()
 
-    def all(self) -> None:
-        """Those in which something goes wrong, and those in which nothing does."""
-        self.add("shop", self._shop)
-        self.add("scaled", self._scaled)
-        self.add("stripe-away", self._stripe_away, "StripeAway", "DeliveryLate", "DeliverySlow", "UsageNearsCutoff")
-        self.add("wrong-key", self._wrong_key, "DeliveryPaused")
-        self.add(
-            "bad-events",
-            self._bad_events,
-            *("DeadLetters", "DeadLetterJump", "FutureEvents", "DuplicatesJump", "UnkeyedRecords"),
-        )
-        self.add(
-            "parked", self._parked, "ParkedTotals", "MeterStopped", "Collision", "CustomersFileRefused", customers=True
-        )
-        self.add(
-            "in-doubt",
-            self._in_doubt,
-            *("InDoubt", "ParkedPastCutoff", "ParkedUsageExpires", "ParkedUsageExpiresSoon"),
-        )
-        self.add("late", self._late, "DeliveredAfterGrace", "ReconcileDrift")
-        self.add("rejected", self._rejected, "StripeRejects")
-        self.add("clock", self._clock, "PartitionWaitsForClock")
-        self.add("restarts", self._restarts, "Restarts")
-        self.add("held", self._held, "DeliveryHeld")
-        if self._away is not None:
-            self.add("kafka-away", self._kafka_away, "KafkaAway")
-
-    def add(
-        self, name: str, tell: Callable[[Bench, list[Service]], Steps], *expected: str, customers: bool = False
-    ) -> None:
-        """One more story; its processes are chosen here, and started by its first step."""
-        folder = self._folder / name
+    def add(self, plot: Plot) -> None:
+        """One more story; its processes are started by its first step."""
+        kafka = self._away if plot.alone else self._kafka
+        if kafka is None:
+            return
+        folder = self._folder / plot.name
         folder.mkdir(parents=True)
-        kafka = self._away if name == "kafka-away" and self._away is not None else self._kafka
         on = self._running.enter_context(bench(kafka, folder))
-        topic = Topic.create(kafka, 2, arrival="log_append_time" if name == "clock" else "create_time")
-        services = [self._service(on, topic, name) for _ in range(2 if name == "scaled" else 1)]
-        if customers:
-            file = folder / "customers.yaml"
-            file.write_text("".join(f"cus_{n}: cus_{n}\n" for n in range(200)))
-            services[0].set(customers={"kind": "file", "path": str(file)})
-        alerts = frozenset(f"Tallyman{each}" for each in expected)
-        self.stories.append(Story(name, alerts, services, tell(on, services)))
+        topic = Topic.create(kafka, 2, arrival=plot.arrival)
+        pipeline = f"{plot.name}-{uuid.uuid4().hex[:8]}"
+        services = [self._service(on, topic, plot, pipeline) for _ in range(plot.processes)]
+        scene = Scene(on, services, lambda: self._cured)
+        self.stories.append(Story(plot, services, plot.tell(scene)))
 
-    def _service(self, on: Bench, topic: Topic, name: str) -> Service:
-        made = on.service(topic, windows=SOON, pipeline=f"{name}-{uuid.uuid4().hex[:8]}")
+    def _service(self, on: Bench, topic: Topic, plot: Plot, pipeline: str) -> Service:
+        made = on.service(topic, windows=SOON, pipeline=pipeline)
         made.set(bill_from=iso(real_now() // DAY * DAY - 20 * DAY))
-        if name == "scaled":
+        if plot.kafka:
             made.config["storage"] = {"kind": "kafka"}
             made.set(kafka={"options": made.config["kafka"]["options"] | {"session.timeout.ms": 6000}})
-            on._services[0].config["pipeline"] = made.config["pipeline"]
+        if plot.customers:
+            made.set(customers={"kind": "file", "path": str(customers_file(made))})
+            write_customers(made)
         return made
 
     @property
     def targets(self) -> dict[str, list[str]]:
         """Where Prometheus finds them."""
         return {
-            each.name: [f"127.0.0.1:{service.config['http']['port']}" for service in each.services]
+            each.plot.name: [f"127.0.0.1:{s.config['http']['port']}" for s in each.services[: each.plot.scraped]]
             for each in self.stories
         }
 
     @property
     def expected(self) -> dict[str, set[str]]:
         """The alerts that should fire, by job."""
-        return {each.name: set(each.expected) for each in self.stories if each.expected}
+        return {
+            each.plot.name: {f"Tallyman{name}" for name in each.plot.expected}
+            for each in self.stories
+            if each.plot.expected
+        }
 
     def open(self) -> None:
         """Return once the first of them is there; the others begin under Prometheus' eyes."""
@@ -191,142 +206,35 @@ class Stories:
         while not first.services[0].get("/metrics")[1]:
             time.sleep(next(first.steps))
 
+    def cure(self) -> None:
+        """From now on they do what the runbook says."""
+        self._cured = True
+
+    def end(self) -> None:
+        """Kill all processes."""
+        for story in self.stories:
+            story.at = math.inf
+            for service in story.services:
+                service.kill()
+
     def go_on(self) -> None:
         """Do what is due."""
         for story in self.stories:
             if time.monotonic() >= story.at:
                 story.at = time.monotonic() + next(story.steps, 1e9)
 
-    # The stories
 
-    def _shop(self, on: Bench, services: list[Service]) -> Steps:
-        """All is well: some events are repeated, some late, some too exact for Stripe; and sums are compared."""
-        service = services[0]
-        service.config["meters"] += [
-            {"name": "requests", "event_types": ["used"], "aggregation": "count", "stripe": {"event_name": "requests"}}
-        ]
-        on.stripe.model.add_meter("requests")
-        yield from started(service)
-        backlog(service.topic, 100)
-        usage = Usage(service.topic)
-        yield from flowing(usage, seconds=10)
-        usage.produce(time=iso(real_now() - 3 * MINUTE), data={"n": 123456789.123456789})
-        yield from flowing(usage, seconds=5)
-        reconcile(service)
-        yield from flowing(usage)
+def customers_file(service: Service) -> Path:
+    """Where it reads who its customers are at Stripe."""
+    return service.folder / "customers.yaml"
 
-    def _scaled(self, _on: Bench, services: list[Service]) -> Steps:
-        """All is well in two processes, one for each stage: only together do they balance."""
-        services[0].stages, services[1].stages = frozenset({Stage.AGGREGATE}), frozenset({Stage.DELIVER})
-        yield from started(*services)
-        backlog(services[0].topic, 100)
-        yield from flowing(Usage(services[0].topic))
 
-    def _stripe_away(self, on: Bench, services: list[Service]) -> Steps:
-        yield from started(services[0])
-        on.stripe.down()
-        backlog(services[0].topic, 60, minutes=45)
-
-    def _wrong_key(self, on: Bench, services: list[Service]) -> Steps:
-        yield from started(services[0])
-        on.stripe.model.keys = {"sk_test_another": None}
-        backlog(services[0].topic, 60)
-
-    def _bad_events(self, _on: Bench, services: list[Service]) -> Steps:
-        yield from started(services[0])
-        usage = Usage(services[0].topic)
-        yield from flowing(usage, seconds=35, key=False)
-        for _ in flowing(usage, key=False, repeat=True):
-            usage.broken([b"{"] * 10 + [event(1, at=real_now() + HOUR)])
-            yield 0.5
-
-    def _parked(self, on: Bench, services: list[Service]) -> Steps:
-        service = services[0]
-        service.config["meters"] += [
-            {"name": "images", "event_types": ["drawn"], "aggregation": "count", "stripe": {"event_name": "images"}}
-        ]
-        images = on.stripe.model.add_meter("images")
-        yield from started(service)
-        error = {"type": "invalid_request_error", "message": "No such customer: 'cus_1'", "code": "resource_missing"}
-        there = error | {"message": "An event already exists with identifier tm1.", "code": None}
-        answers = {20 + n: Instead(400, json.dumps({"error": each}).encode()) for n, each in enumerate((error, there))}
-        on.stripe.faults.plan = lambda number, _: answers.get(number)
-        images.deactivated_at = int(time.time())
-        at = real_now() - 6 * MINUTE
-        others = event(at=at, customer="new"), event(at=at, customer="cus_7", type="drawn")
-        service.topic.produce(*others, at=at)
-        backlog(service.topic, 200)
-        yield 5
-        (self._folder / "parked" / "customers.yaml").write_text("cus_1: cu")
-
-    def _in_doubt(self, on: Bench, services: list[Service]) -> Steps:
-        service = services[0]
-        yield from started(service)
-        victim: list[str] = []
-
-        def lose(_: int, identifier: str) -> Wrong:
-            if not victim:
-                victim.append(identifier)
-            return Fault.LOSE if identifier in victim else None
-
-        on.stripe.faults.plan = lose
-        backlog(service.topic, 400)
-        while service.metrics().sum("tallyman_totals", state="delivered") < 399:
-            yield 0.5
-        service.clock.pass_time(34 * DAY)
-        yield 1e9
-
-    def _late(self, _on: Bench, services: list[Service]) -> Steps:
-        service = services[0]
-        yield from started(service)
-        yield 20
-        backlog(service.topic, 20, minutes=120)
-        yield 10
-        day = real_now() // DAY * DAY // 1000
-        found = Compared(real_now(), day - 86_400, day, equal=18, differs=2, missing="2")
-        record = encode(Comparison(real_now(), {TOKENS: found}))
-        with service.store() as store:
-            store.append([Append(Log.TOTALS, b"comparison", record)])
-
-    def _rejected(self, on: Bench, services: list[Service]) -> Steps:
-        service = services[0]
-        port, _ = free_ports()
-        service.set(webhook={"host": "127.0.0.1", "port": port})
-        service.environ["STRIPE_WEBHOOK_SECRET"] = WEBHOOK_SECRET
-        on.stripe.model.lag = LAG_S
-        yield from started(service)
-        on.stripe.notify(Destination(f"http://127.0.0.1:{port}/stripe", WEBHOOK_SECRET))
-        backlog(service.topic, 20)
-        while service.metrics().sum("tallyman_totals", state="delivered") < 20:
-            yield 0.5
-        on.stripe.model.delete_customer("cus_3")
-        on.stripe.clock.advance(LAG_S + 20)
-
-    def _clock(self, _on: Bench, services: list[Service]) -> Steps:
-        services[0].clock.jump(-6 * MINUTE)
-        yield from started(services[0])
-        services[0].topic.produce(event(1))
-
-    def _restarts(self, _on: Bench, services: list[Service]) -> Steps:
-        yield from started(services[0])
-        usage = Usage(services[0].topic)
-        for _ in range(5):
-            yield from flowing(usage, seconds=5)
-            services[0].kill()
-            yield from started(services[0])
-        yield from flowing(usage)
-
-    def _held(self, _on: Bench, services: list[Service]) -> Steps:
-        services[0].set(stripe={"mode": "hold"})
-        yield from started(services[0])
-        backlog(services[0].topic, 20, minutes=45)
-
-    def _kafka_away(self, on: Bench, services: list[Service]) -> Steps:
-        yield from started(services[0])
-        usage = Usage(services[0].topic)
-        yield from flowing(usage, seconds=10)
-        if isinstance(on.kafka, LocalKafka):
-            on.kafka.kill()
+def write_customers(service: Service, *others: str) -> None:
+    """Write that file anew, as an operator should: in one step."""
+    names = {f"cus_{n}": f"cus_{n}" for n in range(200)} | {name: f"cus_{name}" for name in others}
+    new = customers_file(service).with_suffix(".new")
+    new.write_text("".join(f"{name}: {customer}\n" for name, customer in names.items()))
+    new.replace(customers_file(service))
 
 
 def started(*services: Service) -> Steps:
@@ -340,10 +248,25 @@ def started(*services: Service) -> Steps:
             yield 0.1
 
 
-def reconcile(service: Service) -> None:
-    """Compare what was delivered with what Stripe has, as an operator does."""
-    done = CliRunner().invoke(app, ["reconcile", "-c", str(service.folder / "tallyman.yaml")], env=service.environ)
-    assert done.exit_code == 0, done.output
+def restarted(service: Service) -> Steps:
+    """Stop it and start it again, with what was changed meanwhile; the others go on."""
+    yield from ended(service)
+    yield from started(service)
+
+
+def ended(service: Service) -> Steps:
+    """Stop it in good order."""
+    os.kill(service.pid, signal.SIGTERM)
+    while service.running:
+        yield 0.1
+    service.stop()
+
+
+def told(service: Service, *command: str) -> str:
+    """What a command of an operator's says, which has to succeed."""
+    done = CliRunner().invoke(app, [*command, "-c", str(service.folder / "tallyman.yaml")], env=service.environ)
+    assert done.exit_code == 0, f"{command}: {done.output}"
+    return done.output
 
 
 def run_until(stories: Stories, holds: Callable[[], object], what: str, *, within: float) -> None:

@@ -12,19 +12,30 @@ import pytest
 from consumer.sandbox.kafka import Kafka, LocalKafka
 from tests.alerts.dashboards import ALL
 from tests.alerts.grafana import Panel
+from tests.alerts.plots import PLOTS
 from tests.alerts.prometheus import Prometheus, PrometheusUnavailableError, faster
+from tests.alerts.rules import alerts
 from tests.alerts.stories import Stories, run_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
-WITHIN_S = 150.0
+WITHIN_S = 180.0
 """A machine that is not busy takes half of it."""
+
+NOT_HERE = {
+    # Faults of ours: what could bring them about is refused at a start.
+    *("TallymanEventsUnaccounted", "TallymanUsageUnaccounted", "TallymanTotalsUnaccounted"),
+    # Days, and brokers that do not take writes for a quarter of an hour.
+    *("TallymanReconcileNotDone", "TallymanCommitsFail", "TallymanNothingCommitted"),
+}
+"""Alerts that are tried by promtool alone."""
 
 
 @pytest.fixture
 def stories(kafka: Kafka, own_kafka: LocalKafka, tmp_path: Path) -> Iterator[Stories]:
     with Stories(kafka, own_kafka, tmp_path / "stories") as made:
-        made.all()
+        for plot in PLOTS:
+            made.add(plot)
         yield made
 
 
@@ -59,6 +70,7 @@ def test_the_alerts_that_should_fire_do_and_only_they_and_every_panel_has_data(
         finally:
             fired = prometheus.fired()
             assert fired == stories.expected
+        assert set().union(*fired.values(), NOT_HERE, {"TallymanNotScraped"}) == alerts().keys()
         for alert in prometheus.alerts():
             for text in alert["annotations"].values():
                 assert "<no value>" not in text
@@ -72,3 +84,7 @@ def test_the_alerts_that_should_fire_do_and_only_they_and_every_panel_has_data(
             if not any(values for _, values in prometheus.over_time(chosen(expr)))
         ]
         assert empty == []
+        stories.end()
+        run_until(
+            stories, lambda: "TallymanNotScraped" in prometheus.fired().get("", ()), "nothing is scraped", within=60
+        )
