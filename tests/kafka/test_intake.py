@@ -576,6 +576,22 @@ def test_records_of_partitions_that_are_not_ours_are_dropped(kafka: Kafka, readi
     assert restored.offset == 0
 
 
+def test_a_partition_that_goes_to_others_is_committed_before_and_one_that_went_is_not(
+    kafka: Kafka, reading: Reading_
+) -> None:
+    """What was read since the last commit need not be read again; of what is others' already nothing may be written."""
+    topic = Topic.create(kafka, 2)
+    reader = reading(topic)
+    reader.intake._commit_every = HOUR
+    for number in range(2):
+        topic.produce(event(1), partition=number)
+        reader.consume(1, number)
+    reader.intake.revoked([0])
+    reader.intake.lost([1])
+    assert reader.intake.partitions == {}
+    assert reader.store.offsets(Stage.AGGREGATE) == {0: 1, 1: 0}
+
+
 def test_too_many_customers_stop_the_reader_which_has_lost_nothing(kafka: Kafka, reading: Reading_) -> None:
     topic = Topic.create(kafka)
     reader = reading(topic, limits={"open_keys": 10})

@@ -188,6 +188,14 @@ class TestLogs:
 
         assert {value for _, value in [first, *restored.entries]} == {b"old"}
 
+    def test_the_entries_of_a_restore_are_of_the_moment_of_its_offset(self, service: SqliteStore) -> None:
+        """With those of a later commit, what that one had read would be read, and counted, once more."""
+        service.commit(Stage.AGGREGATE, {0: Changes(1, {b"n": b"old"})})
+        restored = service.restore(Stage.AGGREGATE, 0)
+        service.commit(Stage.AGGREGATE, {0: Changes(2, {b"n": b"new"})})
+        assert restored is not None
+        assert (restored.offset, dict(restored.entries)) == (1, {b"n": b"old"})
+
     def test_the_write_ahead_log_is_emptied_when_it_has_grown(
         self, service: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
