@@ -191,7 +191,7 @@ def check(config: ConfigFile = DEFAULT, as_json: Json = False) -> None:
         raise
     findings = [Finding("ok", "configuration", f"{config} is right in itself")]
     with show.status("asking Kafka"):
-        findings += checking.check(given, source_of(given, log_level=0), CLOCK)
+        findings += checking.check(given, source_of(given), CLOCK)
     if as_json:
         for finding in findings:
             show.json_line(finding)
@@ -223,7 +223,7 @@ def produce(
     given = read_config(config)
     if given.stripe.livemode:
         raise Refused("stripe.livemode is true: sample events on this topic would be billed to real customers")
-    topic = source_of(given, log_level=0).describe()
+    topic = source_of(given).describe()
     made = traffic.Traffic(
         traffic.Mix(customers=customers),
         seed=CLOCK.now() % 2**32 if seed is None else seed,
@@ -340,7 +340,7 @@ def reset(
     given = read_config(config)
     with show.status("reading the state"):
         old = resetting.look(given, CLOCK)
-    source = source_of(given, log_level=0)
+    source = source_of(given)
     topic = source.describe()
     service.check_arrival(given, topic)
     read_before = bool(source.committed(range(topic.partitions)))

@@ -108,7 +108,7 @@ def redrive(
     Example: `tallyman dead-letters redrive --reason value_missing --dry-run`
     """
     given = read_config(config)
-    source = source_of(given, log_level=0)
+    source = source_of(given)
     wanted = redriving.Wanted(reason, partition, since, frozenset(numbers or ()))
     allowed = redriving.Permissions(again=again, even_old=even_old)
     with opened_store(given) as store:

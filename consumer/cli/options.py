@@ -70,9 +70,9 @@ def read_config(file: Path) -> Config:
     return load(file, os.environ)
 
 
-def source_of(config: Config, log_level: int) -> Source:
-    """The source topic. Commands raise what is wrong: what the client would log beside that is noise."""
-    return Source({"log_level": str(log_level)} | config.kafka_client(), config.kafka.topic, service.group_of(config))
+def source_of(config: Config) -> Source:
+    """The source topic."""
+    return Source(archive.client_of(config), config.kafka.topic, service.group_of(config))
 
 
 def opened_store(config: Config) -> AbstractContextManager[Archive]:

@@ -2,11 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from consumer.config import Config, SqliteStorage
 from consumer.storage import Archive
 from consumer.storage.kafka_archive import KafkaArchive
 from consumer.storage.sqlite import SqliteStore
+
+
+def client_of(config: Config) -> dict[str, Any]:
+    """The settings of Kafka's client in a command: that raises what is wrong, and lines beside it would be noise."""
+    return {"log_level": "0"} | config.kafka_client()
 
 
 @contextmanager
@@ -19,6 +25,5 @@ def opened(config: Config, *, now: Callable[[], int]) -> Iterator[Archive]:
         with SqliteStore.open(config.storage.path, now=now, create=False, lock=False) as store:
             yield store
     else:
-        client = {"log_level": "0"} | config.kafka_client()
-        with KafkaArchive.open(client, config.pipeline, now=now) as archive:
+        with KafkaArchive.open(client_of(config), config.pipeline, now=now) as archive:
             yield archive

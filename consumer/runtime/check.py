@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from consumer.config import Config, CustomerFile, SqliteStorage
 from consumer.config_values import Duration
 from consumer.runtime import customers, embedded, processors, service, start, stripe_check
+from consumer.runtime.archive import client_of
 from consumer.runtime.clocks import Clock
 from consumer.runtime.findings import Finding
 from consumer.runtime.source import Source, SourceError, Topic
@@ -120,18 +121,14 @@ def _kept(config: Config, topic: Topic) -> Finding:
     return Finding("ok", "retention", f"records are kept for {kept}, {ids}")
 
 
-def _client(config: Config) -> dict[str, str]:
-    return {"log_level": "0"} | config.kafka_client()
-
-
 def _members(config: Config) -> str | None:
     """Which processes run the stages; None where there is none."""
-    found = {stage: told(members_of(_client(config), Topics.of(config.pipeline).group(stage))) for stage in Stage}
+    found = {stage: told(members_of(client_of(config), Topics.of(config.pipeline).group(stage))) for stage in Stage}
     return "; ".join(f"{stage} by {hosts}" for stage, hosts in found.items() if hosts) or None
 
 
 def _topics(config: Config, holder: str | None) -> str:
-    client, topics = _client(config), Topics.of(config.pipeline)
+    client, topics = client_of(config), Topics.of(config.pipeline)
     found = present(client, topics)
     missing = [topic for topic in topics.all if topic not in found]
     wrong = faults(client, topics, found, keep_ms=int(config.limits.keep))
@@ -188,7 +185,7 @@ def _in_file(path: Path, source: Source, topic: Topic, clock: Clock) -> _State:
 
 
 def _in_topics(config: Config, topic: Topic) -> _State:
-    client, topics = _client(config), Topics.of(config.pipeline)
+    client, topics = client_of(config), Topics.of(config.pipeline)
     found = present(client, topics)
     if found.keys() != set(topics.all):
         return _State(topics.aggregate_state)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from consumer import totals
 from consumer.aggregate.aggregator import Aggregator, UnbalancedError, UnknownEntryError
@@ -13,6 +13,7 @@ from consumer.deliver.doubt import own
 from consumer.deliver.entries import EntryError, Outcome, State, decode_outcome, is_total, unpack
 from consumer.deliver.ledger import Column
 from consumer.runtime import embedded, processors, start
+from consumer.runtime.archive import client_of
 from consumer.runtime.clocks import Clock
 from consumer.runtime.source import Source, Topic
 from consumer.storage import Archive, Facts, Log, Stage, StorageError, Unreachable
@@ -93,7 +94,7 @@ def _look_at_file(config: Config, path: Path, clock: Clock) -> Old | Lost:
 
 
 def _look_at_topics(config: Config, clock: Clock) -> Old | Lost:
-    client, topics = _client(config), Topics.of(config.pipeline)
+    client, topics = client_of(config), Topics.of(config.pipeline)
     vacant(client, topics)
     end_leftovers(client, topics)
     found = present(client, topics)
@@ -115,10 +116,6 @@ def _look_at_topics(config: Config, clock: Clock) -> Old | Lost:
         return Lost(
             f"the state in {topics.aggregate_state} and {topics.deliver_state} cannot be read ({damage})", traces, here
         )
-
-
-def _client(config: Config) -> dict[str, Any]:
-    return {"log_level": "0"} | config.kafka_client()
 
 
 def _old(config: Config, store: Archive, facts: Facts, here: Standing | None = None) -> Old:
@@ -280,7 +277,7 @@ def _reset_file(
 def _reset_topics(
     config: Config, seen: Standing | None, source: Source, topic: Topic, *, bill_from: int, clock: Clock
 ) -> str | None:
-    client, topics = _client(config), Topics.of(config.pipeline)
+    client, topics = client_of(config), Topics.of(config.pipeline)
     offsets = source.starts(range(topic.partitions), bill_from - processors.READ_BEFORE_MS)
     facts = Facts(
         config.pipeline, topic.cluster_id, topic.name, topic.topic_id, bill_from, topic.partitions, clock.now()

@@ -101,7 +101,7 @@ class Desk:
 
     @property
     def source(self) -> Source:
-        return source_of(self.config, log_level=0)
+        return source_of(self.config)
 
     def tallyman(self, *words: str, **options: Any) -> Any:
         """The command with these words."""
