@@ -1,4 +1,4 @@
-# Build: docker build -t tallyman .
+# Build: docker build -t tallyman .          with AWS's library, for Amazon MSK with IAM: --build-arg EXTRAS=msk
 # Run:   docker run --read-only -v ./config:/tallyman/config:ro -v tallyman:/tallyman/var -e STRIPE_SECRET_KEY tallyman
 ARG BASE=python:3.13-slim
 
@@ -6,12 +6,13 @@ FROM ${BASE} AS build
 WORKDIR /build
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY consumer consumer
+ARG EXTRAS=
 # The constraints name every version, also of what builds, so that the same source makes the same image. The environment
 # has no pip. Bytecode is made here, for the root file system is read-only where the image runs; it is checked neither
 # by times, which would differ from build to build, nor at all.
 ENV PIP_CONSTRAINT=/build/constraints.txt PIP_BUILD_CONSTRAINT=/build/constraints.txt PIP_NO_CACHE_DIR=1
 RUN python3 -m venv --without-pip /opt/tallyman \
-    && python3 -m pip --python /opt/tallyman/bin/python install --no-compile . \
+    && python3 -m pip --python /opt/tallyman/bin/python install --no-compile ".${EXTRAS:+[$EXTRAS]}" \
     && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/tallyman/lib
 
 FROM ${BASE}

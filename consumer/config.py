@@ -69,7 +69,7 @@ class AwsMskIam(Section):
         if not tokens.can_sign():
             raise ValueError(
                 "needs AWS's library, which is not installed: pip install 'tallyman[msk]', or build the image with"
-                " --build-arg EXTRAS=[msk]"
+                " --build-arg EXTRAS=msk"
             )
         return value
 

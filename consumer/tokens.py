@@ -45,10 +45,11 @@ class Failure(NamedTuple):
 class Tokens:
     """The tokens of a process. May be used from any thread."""
 
-    def __init__(self, make: Callable[[], Token]) -> None:
-        """``make`` raises ``NoToken``."""
+    def __init__(self, make: Callable[[], Token], *, now: Callable[[], float] = time) -> None:
+        """``make`` raises ``NoToken``. ``now`` gives seconds since the epoch."""
         self.failure: Failure | None = None
         self._make = make
+        self._now = now
         self._token: Token | None = None
         self._renew_at = 0.0
         self._lock = Lock()
@@ -60,9 +61,9 @@ class Tokens:
         """
         del config
         with self._lock:
-            if time() >= self._renew_at:
+            if self._now() >= self._renew_at:
                 self._renew()
-            if self._token is None or self._token.expires <= time():
+            if self._token is None or self._token.expires <= self._now():
                 raise NoToken(self.failure.reason if self.failure else "the token has expired as soon as it was made")
             return self._token
 
@@ -70,13 +71,13 @@ class Tokens:
         try:
             self._token = self._make()
         except NoToken as failed:
-            now = time()
+            now = self._now()
             self._renew_at = now + AGAIN_S
             if self.failure is None:
                 log.warning("kafka_token_failed", reason=str(failed))
             self.failure = Failure(self.failure.since if self.failure else int(now * 1000), str(failed))
         else:
-            now = time()
+            now = self._now()
             self._renew_at = now + (self._token.expires - now) * SHARED
             if self.failure is not None:
                 log.info("kafka_token_made")

@@ -93,6 +93,7 @@ imagePullSecrets:
 {{- define "tallyman.pod" -}}
 {{- $values := .root.Values }}
 {{- $secrets := include "tallyman.secrets" . | fromYaml -}}
+serviceAccountName: {{ include "tallyman.serviceAccount" .root }}
 automountServiceAccountToken: false
 {{- include "tallyman.imagePullSecrets" .root }}
 enableServiceLinks: false

@@ -25,8 +25,9 @@ from tests.helm.conftest import Helm, RenderError
 from tests.helm.schema import CHART
 
 EXAMPLES = sorted((CHART / "ci").glob("*.yaml"))
-SQLITE, ALL, SCRAM, MTLS, CONFLUENT, MSK = (
-    CHART / "ci" / f"{name}.yaml" for name in ("sqlite", "sqlite-all", "scram", "mtls", "confluent-cloud", "msk")
+SQLITE, ALL, SCRAM, MTLS, CONFLUENT, MSK, MSK_IAM = (
+    CHART / "ci" / f"{name}.yaml"
+    for name in ("sqlite", "sqlite-all", "scram", "mtls", "confluent-cloud", "msk", "msk-iam")
 )
 
 each_example = pytest.mark.parametrize("values", EXAMPLES, ids=lambda path: path.stem)
@@ -251,6 +252,26 @@ def test_keda_scales_by_the_lag_of_the_group_and_not_beyond_the_partitions(helm:
     ]
 
 
+def test_with_iam_all_that_asks_kafka_has_the_role(helm: Helm) -> None:
+    """Commands of the chart included, and KEDA: in its own words, with a role of its own."""
+    objects = helm.objects(MSK_IAM)
+    account = objects.one("ServiceAccount")
+    assert account["metadata"]["annotations"] == read(MSK_IAM)["serviceAccount"]["annotations"]
+    jobs = [each["spec"]["template"]["spec"] for each in objects.of("Job").values()]
+    assert jobs
+    for pod in (*objects.pods.values(), *jobs):
+        assert pod["serviceAccountName"] == account["metadata"]["name"]
+    (trigger,) = objects.one("ScaledObject")["spec"]["triggers"]
+    assert trigger["authenticationRef"] == {"name": "msk"}
+    told = {key: trigger["metadata"][key] for key in ("sasl", "saslTokenProvider", "awsRegion", "tls")}
+    assert told == {
+        "sasl": "oauthbearer",
+        "saslTokenProvider": "aws_msk_iam",
+        "awsRegion": "eu-central-1",
+        "tls": "enable",
+    }
+
+
 def test_keda_is_not_left_without_what_it_needs(helm: Helm) -> None:
     """A render that fails is better than a scaler that cannot log in, and leaves everything as it is."""
     with pytest.raises(RenderError, match=r"it takes OAUTHBEARER, PLAIN, SCRAM-SHA-256, SCRAM-SHA-512"):
@@ -259,6 +280,10 @@ def test_keda_is_not_left_without_what_it_needs(helm: Helm) -> None:
         helm.render(SCRAM, "aggregate.autoscaling.authentication=")
     with pytest.raises(RenderError, match=r"it has to be told of sasl\.oauthbearer\.client\.id, too"):
         helm.render(CONFLUENT, "aggregate.autoscaling.authentication=")
+    with pytest.raises(RenderError, match=r"it needs a role, too: set aggregate\.autoscaling\.authentication"):
+        helm.render(MSK_IAM, "aggregate.autoscaling.authentication=")
+    with pytest.raises(RenderError, match=r"set config\.kafka\.token\.region"):
+        helm.render(MSK_IAM, "config.kafka.token.region=null")
 
 
 def test_cpu_scales_each_stage(helm: Helm) -> None:
