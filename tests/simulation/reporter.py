@@ -12,7 +12,7 @@ from consumer.deliver.entries import State, is_total, unpack
 from consumer.deliver.pacing import Outlet
 from consumer.runtime.reporter import LAST_ANSWERS_S
 from consumer.storage import Changes, Restored, Stage
-from consumer.totals import Total
+from consumer.totals import Command, Total
 from tests.simulation.shells import Shell, Steps
 
 if TYPE_CHECKING:
@@ -122,6 +122,15 @@ class Reporter(Shell):
             if isinstance(record, Total):
                 self.world.note("%s reads %s of %s", self.worker.id, record.identifier, record.customer)
         self.world.progress += len(records)
+        if self.world.time % 4 == 0:
+            self.hear_ahead(number)
+
+    def hear_ahead(self, number: int) -> None:
+        """What people have decided, behind totals that are not read: now and again, and once more in a later life."""
+        for record in self.world.store.totals[number][self.positions[number] :]:
+            if isinstance(record, Command):
+                self.world.met["a decision is heard ahead of its turn"] += 1
+                self.deliveries[number].hear(record, self.worker.now())
 
     def changes(self, partitions: Collection[int]) -> dict[int, Changes]:
         """With what is to be armed; only when it is durable is it sent."""
