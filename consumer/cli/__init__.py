@@ -32,7 +32,7 @@ from consumer.cli.options import (
 )
 from consumer.config import ConfigError
 from consumer.deliver.entries import EntryError
-from consumer.runtime import audit, logs, service
+from consumer.runtime import audit, logs, preconditions, service
 from consumer.runtime import check as checking
 from consumer.runtime import explain as explaining
 from consumer.runtime import reset as resetting
@@ -53,7 +53,7 @@ log = structlog.get_logger()
 WRONG: Final = (
     Refused,
     ConfigError,
-    service.ServiceError,
+    preconditions.ServiceError,
     StartRefused,
     CustomerFileError,
     audit.DecisionRefused,
@@ -342,7 +342,7 @@ def reset(
         old = resetting.look(given, CLOCK)
     source = source_of(given)
     topic = source.describe()
-    service.check_arrival(given, topic)
+    preconditions.check_arrival(given, topic)
     read_before = bool(source.committed(range(topic.partitions)))
     resetting.judge(old, bill_from, CLOCK.now(), read_before=read_before, newest_unknown=newest_total_unknown)
     show.given_up(old)

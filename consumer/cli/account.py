@@ -22,8 +22,8 @@ from consumer.cli.options import (
 )
 from consumer.config import Config
 from consumer.deliver import reconciling
+from consumer.runtime import preconditions, stripe_reads
 from consumer.runtime import reconcile as comparing
-from consumer.runtime import service, stripe_reads
 from consumer.runtime import setup as preparing
 from consumer.runtime.reconcile import Compared, Day, Part, Reported
 from consumer.runtime.start import shown
@@ -73,7 +73,7 @@ def setup(
     Example: `tallyman setup --customer acme`
     """
     given = read_config(config)
-    key = service.stripe_key(given)
+    key = preconditions.stripe_key(given)
     if given.stripe.livemode:
         if not live:
             raise Refused(
@@ -132,7 +132,7 @@ def reconcile(
     Example: `tallyman reconcile --since 7d --budget 1000`
     """
     given = read_config(config)
-    key = service.stripe_key(given)
+    key = preconditions.stripe_key(given)
     now = CLOCK.now()
     span = reconciling.span(now - _SINCE_MS if since is None else since, now if until is None else until)
     whole = customer is None and until is None and (since is None or since <= now - _SINCE_MS)

@@ -23,7 +23,7 @@ from consumer.cli.options import (
 )
 from consumer.config import Config
 from consumer.deliver.entries import Entry, Reason
-from consumer.runtime import audit, evidence, service
+from consumer.runtime import audit, evidence, preconditions
 from consumer.runtime.stripe_reads import reading
 from consumer.storage import Archive, Log
 
@@ -229,8 +229,8 @@ def _known(chosen: list[Entry]) -> dict[str, str | None]:
 def _judge(store: Archive, config: Config, entries: list[Entry]) -> list[evidence.Judged]:
     customers = evidence.names(config)
     try:
-        key = service.stripe_key(config)
-    except service.ServiceError as wrong:
+        key = preconditions.stripe_key(config)
+    except preconditions.ServiceError as wrong:
         return evidence.judge(store, entries, customers, f"it was not asked, because {wrong}")
     given = config.stripe
     with reading(key, api_base=given.api_base, livemode=given.livemode, clock=CLOCK, budget=evidence.BUDGET) as reads:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from consumer.config import Config, CustomerFile, SqliteStorage
 from consumer.config_values import Duration
-from consumer.runtime import customers, embedded, processors, service, start, stripe_check
+from consumer.runtime import customers, embedded, preconditions, processors, start, stripe_check
 from consumer.runtime.archive import client_of
 from consumer.runtime.clocks import Clock
 from consumer.runtime.findings import Finding
@@ -43,7 +43,7 @@ def check(config: Config, source: Source, clock: Clock) -> Iterator[Finding]:
             f"{config.kafka.bootstrap_servers}, cluster {topic.cluster_id}: {topic.name} has {topic.partitions} "
             f"partition{'s' * (topic.partitions != 1)}",
         )
-        yield _judged("arrival", lambda: _arrival(config, topic), service.ServiceError)
+        yield _judged("arrival", lambda: _arrival(config, topic), preconditions.ServiceError)
         yield _kept(config, topic)
         if path is None:
             holder = _members(config)
@@ -89,7 +89,7 @@ def _file(path: Path, clock: Clock, holder: str | None) -> Iterator[Finding]:
 
 
 def _arrival(config: Config, topic: Topic) -> str:
-    service.check_arrival(config, topic)
+    preconditions.check_arrival(config, topic)
     if topic.log_append_time:
         return "the broker dates the records (LogAppendTime)"
     return "producers date the records (CreateTime), as kafka.arrival states: a replay may give other totals"
@@ -97,8 +97,8 @@ def _arrival(config: Config, topic: Topic) -> str:
 
 def _kept(config: Config, topic: Topic) -> Finding:
     try:
-        service.check_cleanup(topic)
-    except service.ServiceError as wrong:
+        preconditions.check_cleanup(topic)
+    except preconditions.ServiceError as wrong:
         return Finding("error", "retention", str(wrong))
     ids = f"ids are remembered for {config.windows.deduplicate_for} (deduplicate_for)"
     if topic.retention_ms < 0:
@@ -206,8 +206,8 @@ def _in_topics(config: Config, topic: Topic) -> _State:
 
 def _stripe(config: Config, clock: Clock) -> Iterator[Finding]:
     try:
-        key = service.stripe_key(config)
-    except service.ServiceError as wrong:
+        key = preconditions.stripe_key(config)
+    except preconditions.ServiceError as wrong:
         yield Finding("error", "stripe", str(wrong))
     else:
         money = "live mode: customers are billed" if config.stripe.livemode else "a sandbox: nobody is billed"
@@ -249,8 +249,8 @@ def _webhook(config: Config, holder: str | None) -> Iterator[Finding]:
     if config.webhook is None:
         return
     try:
-        secrets = service.webhook_secrets(config)
-    except service.ServiceError as wrong:
+        secrets = preconditions.webhook_secrets(config)
+    except preconditions.ServiceError as wrong:
         yield Finding("error", "webhook", str(wrong))
     else:
         known = "a secret" if len(secrets) == 1 else f"one of {len(secrets)} secrets"

@@ -31,7 +31,7 @@ from prometheus_client.samples import Sample
 
 from consumer import deadletters, totals
 from consumer.config import load
-from consumer.runtime import service
+from consumer.runtime import preconditions, service
 from consumer.runtime.customers import CustomerFileError
 from consumer.runtime.intake import IntakeStopped
 from consumer.runtime.source import SourceError
@@ -65,7 +65,7 @@ FAILURES: Final = (
     StartRefused,
     StorageError,
     WrongMode,
-    service.ServiceError,
+    preconditions.ServiceError,
 )
 """What users are told in words; everything else is a fault of ours."""
 

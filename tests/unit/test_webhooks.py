@@ -13,7 +13,7 @@ import stripe as sdk
 from structlog.testing import capture_logs
 
 from consumer.deliver.entries import Entry, Reason, State, decode_outcome
-from consumer.runtime import service
+from consumer.runtime import preconditions
 from consumer.runtime.webhooks import LARGEST, refusal
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_notifications import Destination, signature, thin
@@ -358,8 +358,8 @@ def test_the_stand_in_notifies_until_it_is_believed(desk: Desk) -> None:
 )
 def test_who_takes_notifications_has_to_know_stripe(tmp_path: Path, given: str, says: str) -> None:
     config = configured(tmp_path, webhook={}, environ={"STRIPE_WEBHOOK_SECRET": given})
-    with pytest.raises(service.ServiceError, match=says) as refused:
-        service.webhook_secrets(config)
+    with pytest.raises(preconditions.ServiceError, match=says) as refused:
+        preconditions.webhook_secrets(config)
     assert SECRET not in str(refused.value)
 
 
@@ -367,5 +367,5 @@ def test_secrets_can_be_several_and_nobody_needs_one_without_a_webhook(tmp_path:
     environ = {"STRIPE_WEBHOOK_SECRET": f"{SECRET}, {OTHER}\n"}
     config = configured(tmp_path, webhook={}, environ=environ)
     assert (config.webhook.host, config.webhook.port) == ("0.0.0.0", 9465)  # noqa: S104 - the documented default
-    assert service.webhook_secrets(config) == [SECRET, OTHER]
-    assert service.webhook_secrets(configured(tmp_path)) == []
+    assert preconditions.webhook_secrets(config) == [SECRET, OTHER]
+    assert preconditions.webhook_secrets(configured(tmp_path)) == []
