@@ -23,6 +23,7 @@ from consumer.deliver.reports import Reports
 from consumer.runtime.customers import Mapped, Passthrough
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.sandbox.stripe_server import Clock, StripeStandIn
+from consumer.sandbox.stripe_wire import Answer, Call
 from consumer.storage import Append, Log
 from consumer.storage.sqlite import SqliteStore
 from consumer.totals import Comparison, Record, Rejection, Report, Total
@@ -143,6 +144,36 @@ def later(account: Account, hours: int) -> None:
 
 
 # Equal
+
+
+def test_usage_that_is_dated_ahead_of_our_clock_is_found_in_the_logs(account: Account) -> None:
+    """It was delivered before its day had begun, by the clock of the host that has the store."""
+    account.deliver(total(T0 + 60), now=T0 - 3600)
+
+    days, compared = found(account.reconcile())
+
+    assert (days, compared["equal"]) == ([], 1)
+
+
+def test_what_is_delivered_while_it_is_compared_is_open_and_not_wrong(
+    account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Late usage of an old day comes to Stripe between our look at our records and its answer."""
+    account.deliver(total(NOON))
+    later(account, 24)
+    execute = account.stripe.model.execute
+    late = [total(NOON + 60)]
+
+    def meanwhile(call: Call, **options: Any) -> Answer:
+        if "event_summaries" in call.path and late:
+            account.deliver(late.pop())
+        return execute(call, **options)
+
+    monkeypatch.setattr(account.stripe.model, "execute", meanwhile)
+    ((day,), _) = found(account.reconcile())
+
+    assert (day["state"], day["ours"], day["stripe"]) == ("open", "5", "10")
+    assert day["why"] == "it changed while it was compared"
 
 
 def test_what_was_delivered_and_counted_is_equal(account: Account) -> None:
