@@ -23,7 +23,7 @@ from consumer.runtime.commits import Commits
 from consumer.runtime.membership import Membership
 from consumer.runtime.restoring import Restoring
 from consumer.runtime.source import Ends, Silence, Source, SourceError
-from consumer.storage import Changes, CommitFailed, Progress, Stage, Store
+from consumer.storage import Changes, CommitFailed, Log, Progress, Stage, Store
 from consumer.storage.kafka_client import REFUSING_US
 
 log = structlog.get_logger()
@@ -350,7 +350,7 @@ class Intake:
             moved, closing = partition.aggregator.moved, room and partition.aggregator.closing
             if number in partitions and (moved or closing):
                 changes[number] = partition.aggregator.commit(room)
-                room = max(0, room - len(changes[number].appends))
+                room -= sum(each.log is Log.TOTALS for each in changes[number].appends)
         if not changes:
             self._draining = False
             return

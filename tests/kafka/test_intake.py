@@ -635,6 +635,25 @@ def test_a_commit_closes_at_most_10_000_totals_however_many_partitions_there_are
     assert sorted(commits.values()) == [2_000, 10_000]
 
 
+def test_dead_letters_of_one_partition_keep_no_window_of_another_open(
+    kafka: Kafka, reading: Reading_, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's broken events, thousands a second and for hours, would be a reason to bill nobody."""
+    monkeypatch.setattr(intake, "CLOSINGS_PER_COMMIT", 10)
+    topic = Topic.create(kafka, 2, arrival="create_time")
+    reader = reading(topic)
+    reader.intake._commit_every = HOUR
+    past = real_now() - HOUR
+    topic.produce(*[b"no event"] * 20, at=past, partition=0)
+    topic.produce(event(1), at=past, partition=1)
+    topic.produce(None, at=past + HOUR, partition=1)
+    reader.consume(20, 0)
+    reader.consume(2, 1)
+    reader.clock.pass_time(HOUR)
+    reader.turn(lambda: reader.intake.commits.last is not None, "a commit is made")
+    assert len(reader.totals) == 1
+
+
 @pytest.mark.parametrize("many", ["dead letters", "customers"])
 def test_much_that_waits_to_be_committed_is_committed_before_its_time(
     kafka: Kafka, reading: Reading_, monkeypatch: pytest.MonkeyPatch, many: str
