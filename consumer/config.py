@@ -5,52 +5,42 @@ with its line and its keys, what is wrong, and what is allowed. What the world h
 exists, whether Stripe knows the meter) is not asked here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     Discriminator,
     Field,
     PrivateAttr,
-    StringConstraints,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
-    model_validator,
 )
 
-from consumer import credentials, events, tokens
-from consumer.aggregate.duplicates import INTERVALS
-from consumer.aggregate.meters import WINDOW_MS
+from consumer import credentials, tokens
 from consumer.aggregate.meters import Meter as CoreMeter
-from consumer.aggregate.windows import EARLY_MARKS, MINUTE
 from consumer.config_file import Document, Place, Problem, report, written
+from consumer.config_meters import Meter, Windows, collisions, delays
 from consumer.config_values import (
     AwsRegion,
     BaseAddress,
-    Customer,
     Duration,
     File,
     Instant,
     Name,
     Option,
-    PathText,
-    PayloadKey,
-    Scalar,
     Schema,
     Section,
     Servers,
     Text,
     Topic,
     between,
-    in_order,
     in_words,
     invalid,
 )
-from consumer.totals import SCALE_DIGITS, Destination
 
 
 class ConfigError(Exception):
@@ -136,44 +126,6 @@ class KafkaStorage(Section):
     kind: Literal["kafka"] = Field(description="kafka: topics beside the source, any number of processes.")
 
 
-class Windows(Section):
-    """When windows close, and what becomes of late and repeated events."""
-
-    lateness: Annotated[Duration, between("0s", "72h")] = Field(
-        default=Duration.of("2m"),
-        description="How long after its end a window stays open. What arrives later is billed as a correction.",
-    )
-    settle: Annotated[Duration, between("0s", "5m")] = Field(
-        default=Duration.of("5s"),
-        description="How far the brokers' clocks may be apart; windows close that much later.",
-    )
-    deduplicate_for: Annotated[Duration, between("24ms", "90d")] = Field(
-        default=Duration.of("24h"),
-        description="How long an event's (source, id) is remembered: a repetition within this time does not count.",
-    )
-    accept_late: Annotated[Duration, between("0s", "34d")] = Field(
-        default_factory=lambda data: min(data["deduplicate_for"], Duration.of("34d")),
-        validate_default=False,
-        description="Events that arrive later than this after their time become dead letters. Not set, it is"
-        " deduplicate_for. At most 34d, because Stripe takes 35.",
-    )
-
-    @field_validator("deduplicate_for")
-    @classmethod
-    def _divisible(cls, value: Duration) -> Duration:
-        if value % INTERVALS:
-            raise ValueError(f"{value} does not divide into {INTERVALS} intervals of whole milliseconds")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.accept_late < self.lateness:
-            derived = "" if "accept_late" in self.model_fields_set else " (which is deduplicate_for, as it is not set)"
-            reason = f"accept_late {self.accept_late}{derived} is less than lateness {self.lateness}: {_IN_TIME}"
-            raise invalid([(("accept_late",), reason)])
-        return self
-
-
 class Limits(Section):
     """Bounds: what happens at each of them is visible, and never a loss."""
 
@@ -191,93 +143,6 @@ class Limits(Section):
     keep: Annotated[Duration, between("24h", "3650d")] = Field(
         default=Duration.of("90d"), description="How long the totals, outcomes and dead-letters logs are kept."
     )
-
-
-class StripeMeter(Section):
-    """The Stripe meter that the totals go to. It has to sum raw events."""
-
-    event_name: Annotated[str, StringConstraints(min_length=1, max_length=100)] = Field(
-        description="The event_name of the meter at Stripe."
-    )
-    value_key: PayloadKey = Field(default="value", description="The payload key in which that meter expects the value.")
-    customer_key: PayloadKey = Field(
-        default="stripe_customer_id",
-        validate_default=True,
-        description="The payload key in which that meter expects the customer.",
-    )
-
-    @field_validator("customer_key")
-    @classmethod
-    def _distinct(cls, value: str, info: ValidationInfo) -> str:
-        if value == info.data.get("value_key"):
-            raise ValueError("is the value_key too: one payload cannot hold both under one key")
-        return value
-
-
-class Meter(Section):
-    """What is counted, and where the totals go."""
-
-    name: Name = Field(description="Names the meter in identifiers, metrics and logs; a new name is a new meter.")
-    event_types: tuple[Text, ...] = Field(
-        strict=False, min_length=1, description="The CloudEvents types that are counted."
-    )
-    where: dict[PathText, Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1)]] = Field(
-        default_factory=dict,
-        description="Only events whose data has one of these values at each of these paths are counted.",
-    )
-    aggregation: Literal["sum", "count"] = Field(description="sum: of a value in the data. count: of the events.")
-    value: PathText | None = Field(
-        default=None,
-        validate_default=True,
-        description="The path of the value that is summed: a JSON number, or a string that is one. Not for count.",
-    )
-    decimals: int = Field(
-        default=SCALE_DIGITS,
-        ge=0,
-        le=SCALE_DIGITS,
-        description="Decimals kept of each value; more are rounded half to even.",
-    )
-    allow_negative: bool = Field(
-        default=False, description="Whether a value may be negative; if not, it is a dead letter."
-    )
-    customer: Customer = Field(
-        default="subject",
-        description="What names the customer: subject, a path into the data, or the name of an extension attribute.",
-    )
-    window: Literal["1m", "1h"] = Field(
-        default="1m", description="The size of the windows. 1h sends fewer totals and needs a longer grace at Stripe."
-    )
-    lateness: Annotated[Duration, between("0s", "72h")] | None = Field(
-        default=None, description="For this meter, instead of windows.lateness."
-    )
-    accept_late: Annotated[Duration, between("0s", "34d")] | None = Field(
-        default=None, description="For this meter, instead of windows.accept_late."
-    )
-    stripe: StripeMeter = Field(description="The Stripe meter that the totals go to.")
-
-    @field_validator("event_types")
-    @classmethod
-    def _no_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return in_order(value)
-
-    @field_validator("where")
-    @classmethod
-    def _distinct(cls, value: dict[str, tuple[Scalar, ...]]) -> dict[str, tuple[Scalar, ...]]:
-        first: dict[events.Path, str] = {}
-        for text in value:
-            other = first.setdefault(events.parse_path(text), text)
-            if other != text:
-                raise ValueError(f"{other} and {text} are the same place: write it once, with all values")
-        return {text: in_order(value[text]) for text in sorted(value)}
-
-    @field_validator("value")
-    @classmethod
-    def _as_aggregated(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if info.data.get("aggregation") == "sum" and value is None:
-            raise ValueError("is required where aggregation is sum: the path of what is summed, such as $.tokens.total")
-        if info.data.get("aggregation") == "count" and value is not None:
-            raise ValueError("has no meaning where aggregation is count: remove it, or write aggregation: sum")
-        return value
 
 
 class Passthrough(Section):
@@ -398,9 +263,10 @@ class Config(Section):
                 right[position] = Meter.model_validate(each)
             except ValidationError:
                 continue  # it is in the errors above
-        wrong += _collisions(right)
+        wrong += collisions(right)
         if (windows := info.data.get("windows")) is not None:
-            wrong += _delays(right, windows, info.data.get("stripe"))
+            stripe: Stripe | None = info.data.get("stripe")
+            wrong += delays(right, windows, None if stripe is None else stripe.finalization_grace)
         if wrong:
             raise invalid(wrong)
         return listed
@@ -418,23 +284,7 @@ class Config(Section):
     @property
     def core_meters(self) -> tuple[CoreMeter, ...]:
         """The meters as stage 1 takes them, with windows' settings applied."""
-        return tuple(
-            CoreMeter(
-                name=each.name,
-                event_types=each.event_types,
-                where=tuple((events.parse_path(path), values) for path, values in each.where.items()),
-                aggregation=each.aggregation,
-                value=None if each.value is None else events.parse_path(each.value),
-                decimals=each.decimals,
-                allow_negative=each.allow_negative,
-                customer=events.parse_path(each.customer) if each.customer.startswith("$") else each.customer,
-                window=each.window,
-                lateness=int(self.windows.lateness if each.lateness is None else each.lateness),
-                accept_late=int(self.windows.accept_late if each.accept_late is None else each.accept_late),
-                stripe=Destination(**each.stripe.model_dump()),
-            )
-            for each in self.meters
-        )
+        return tuple(each.core(self.windows) for each in self.meters)
 
     @cached_property
     def kafka_tokens(self) -> tokens.Tokens | None:
@@ -449,45 +299,6 @@ class Config(Section):
             by_token = {"security.protocol": "SASL_SSL", "sasl.mechanism": "OAUTHBEARER", "oauth_cb": self.kafka_tokens}
         secrets = {name: value.get_secret_value() for name, value in self.secrets.kafka.items()}
         return {"bootstrap.servers": self.kafka.bootstrap_servers} | by_token | self.kafka.options | secrets
-
-
-_IN_TIME: Final = "events that are in time for their window would become dead letters"
-
-
-def _collisions(each: Mapping[int, Meter]) -> Iterator[tuple[Place, str]]:
-    names: dict[str, int] = {}
-    destinations: dict[str, int] = {}
-    for position, meter in each.items():
-        first = names.setdefault(meter.name, position)
-        if first != position:
-            yield (position, "name"), f"{meter.name} is the name of meters[{first}] already: names are unique"
-        # Two meters may add up in one meter at Stripe, which has one key for the value and one for the customer.
-        first = destinations.setdefault(meter.stripe.event_name, position)
-        if meter.stripe != each[first].stripe:
-            same = f"the value_key and customer_key of meters[{first}], which sends to {meter.stripe.event_name} too"
-            yield (position, "stripe"), f"must have {same}: a meter at Stripe has one of each"
-
-
-def _delays(each: Mapping[int, Meter], common: Windows, stripe: Stripe | None) -> Iterator[tuple[Place, str]]:
-    correction, sending, most = Duration(EARLY_MARKS[1]), Duration.of("5m"), Duration.of("72h")
-    for position, meter in each.items():
-        size = Duration(WINDOW_MS[meter.window])
-        lateness = common.lateness if meter.lateness is None else meter.lateness
-        accept_late = common.accept_late if meter.accept_late is None else meter.accept_late
-        if accept_late < size + lateness:
-            key = next((key for key in ("accept_late", "lateness") if getattr(meter, key) is not None), "window")
-            sizes = f"accept_late {accept_late} is less than window {size} + lateness {lateness}"
-            yield (position, key), f"{sizes}: {_IN_TIME}"
-        needed = size + lateness + correction + common.settle + sending
-        if stripe is not None and needed > stripe.finalization_grace:
-            parts = f"{size} + lateness {lateness} + first correction {correction} + settle {common.settle}"
-            cures = ["raise the grace in Stripe and here (at most 72h)"] if needed <= most else []
-            cures += ["use 1m" if meter.window == "1h" else "shorten lateness"]
-            need = (
-                f"{meter.window} windows need at least {-(-needed // MINUTE)} min ({parts} + sending {sending}), and"
-                f" stripe.finalization_grace is {stripe.finalization_grace}: {', or '.join(cures)}"
-            )
-            yield (position, "window"), need
 
 
 def schema() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from consumer import config, credentials
 from consumer.config import Config, ConfigError, load
+from consumer.config_meters import Meter
 from consumer.config_values import Duration
 from consumer.totals import Destination
 
@@ -305,7 +306,7 @@ def test_the_example_shows_every_key_with_its_default(tmp_path: Path) -> None:
 
     assert example == load(tmp_path / "bare.yaml", {})
     assert written.keys() == Config.model_fields.keys()
-    assert meter.keys() == config.Meter.model_fields.keys()
+    assert meter.keys() == Meter.model_fields.keys()
     for section in ("kafka", "windows", "limits", "stripe", "http"):
         model = type(getattr(example, section))
         assert written[section].keys() == model.model_fields.keys()
