@@ -291,6 +291,10 @@ class Delivery:
         else:
             self.hear(record, now)
 
+    def reach(self, offset: int) -> None:
+        """There is no record below this offset that has not been read."""
+        self._journal.move(offset)
+
     def hear(self, record: Record, now: int) -> None:
         """Take what people decided, or Stripe reported: also before what lies before it is read.
 

@@ -324,10 +324,13 @@ class Reporter:
         if not self.partitions:
             return
         found = await asyncio.to_thread(
-            lambda: {number: self._unread.read(number, *what) for number, what in wanted.items()}
+            lambda: {
+                number: (self._unread.read(number, *what), self._unread.reached(number, what[0]))
+                for number, what in wanted.items()
+            }
         )
         now = self._clock.now()
-        for number, records in found.items():
+        for number, (records, reached) in found.items():
             partition = self.partitions[number]
             for each in records:
                 if each.offset >= partition.heard_below or totals.is_of_stage_1(each.value):
@@ -335,6 +338,9 @@ class Reporter:
             if records:
                 partition.next = records[-1].offset + 1
                 self._news.set()
+            elif reached > partition.next:
+                partition.next = reached
+                partition.delivery.reach(reached)
         if full:
             await self._hear(full)
         for partition in self.partitions.values():

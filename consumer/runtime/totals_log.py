@@ -24,6 +24,7 @@ _READING: Final = {
     "enable.auto.commit": False,
     "enable.auto.offset.store": False,
     "auto.offset.reset": "error",
+    "enable.partition.eof": True,
     "isolation.level": "read_committed",
     # Brokers send what is on their disks: a changed digit would be billed.
     "check.crcs": True,
@@ -50,6 +51,13 @@ class TotalsLog(Protocol):
         What is below the offset is not asked for any more, but for a partition that has been let go of.
         """
 
+    def reached(self, partition: int, offset: int) -> int:
+        """Where the next record will lie at the least, if from this offset on there has been none.
+
+        Behind the last one lie the markers of transactions. When retention has deleted all of the log, it begins behind
+        them, and who begins before them finds totals lost.
+        """
+
     def let_go(self, partition: int) -> None:
         """The partition is not read any more, or from elsewhere."""
 
@@ -65,6 +73,11 @@ class SqliteTotals:
         del partition
         return [Unread(each.offset, each.value) for each in self._store.read(Log.TOTALS, offset - 1, limit)]
 
+    def reached(self, partition: int, offset: int) -> int:
+        """There are no markers."""
+        del partition
+        return offset
+
     def let_go(self, partition: int) -> None:
         """There is nothing to let go of."""
 
@@ -74,6 +87,8 @@ class _Fetched:
     start: int
     records: deque[Unread] = field(default_factory=deque)
     paused: bool = False
+    end: int = 0
+    """Where the log ended when all of it had been fetched."""
 
 
 class KafkaTotals:
@@ -102,6 +117,12 @@ class KafkaTotals:
             self._fetch()
             self._hold_back(partition, fetched)
             return list(islice(fetched.records, limit))
+
+    def reached(self, partition: int, offset: int) -> int:
+        """The end of the log, as soon as all below it has been fetched and taken."""
+        with self._lock:
+            fetched = self._fetched.get(partition)
+            return offset if fetched is None or fetched.records else max(offset, fetched.end)
 
     def let_go(self, partition: int) -> None:
         """Fetch nothing of it any more."""
@@ -134,7 +155,11 @@ class KafkaTotals:
             fetched.paused = False
 
     def _hear(self, error: KafkaError, partition: int | None, offset: int | None) -> None:
-        if error.name() in PASSING or (error.retriable() and not error.fatal()):
+        if error.name() == "_PARTITION_EOF":
+            fetched = self._fetched.get(-1 if partition is None else partition)
+            if fetched is not None:
+                fetched.end = max(fetched.end, offset or 0)
+        elif error.name() in PASSING or (error.retriable() and not error.fatal()):
             log.warning("kafka_error", topic=self._topic, error=error.name(), reason=error.str())
         elif error.name() in {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE"}:
             raise StorageError(

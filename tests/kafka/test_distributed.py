@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from confluent_kafka import TopicPartition
 from confluent_kafka.cimpl import NewPartitions
 
 from consumer.storage import Stage
+from consumer.storage.kafka_reading import ends_of
+from consumer.storage.kafka_topics import Topics
 from tests.kafka.harness import DAY, MINUTE, Bench, Service, Topic, iso, past_events, real_now, until
 
 pytestmark = pytest.mark.kafka
@@ -95,6 +98,27 @@ def test_a_process_that_joins_takes_its_share_and_one_that_leaves_gives_it_back(
         "one may be on its way at the moment at which the group changes"
     )
     second.stop()
+
+
+def test_a_log_of_totals_of_which_all_has_been_deleted_is_gone_on_with(on: Bench, topic: Topic) -> None:
+    """Retention takes the last total with the marker of its transaction: begun at that, totals would seem to be lost.
+
+    A partition without a total for as long as they are kept would stop every process that gets it.
+    """
+    service = worker(on, topic)
+    usage = Usage(topic)
+    service.start()
+    usage.produce()
+    usage.until_billed(on, service)
+    service.stop()
+    totals = Topics.of(service.config["pipeline"]).totals
+    ends = ends_of({"bootstrap.servers": on.kafka.bootstrap_servers}, totals, range(PARTITIONS))
+    places = [TopicPartition(totals, partition, end) for partition, end in ends.items()]
+    for future in topic.admin.delete_records(places).values():
+        future.result(30.0)
+    service.start()
+    usage.produce()
+    usage.until_billed(on, service)
 
 
 def test_what_a_process_had_begun_when_it_was_killed_is_done_by_another(on: Bench, topic: Topic) -> None:
