@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from consumer.sandbox.kafka import Kafka, KafkaUnavailableError, LocalKafka
-from tests.kafka.cluster import own, running_kafka
+from tests.kafka.cluster import own, shared_kafka
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("tallyman", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,11 +27,14 @@ _LOUD = {
 
 
 @pytest.fixture(scope="session")
-def kafka() -> Iterator[Kafka]:
-    """A real Kafka, shared by the session: every test uses topics and groups of its own."""
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    """A real Kafka, shared by all processes of the session: every test uses topics and groups of its own."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with ExitStack() as running:
         try:
-            kafka = running.enter_context(running_kafka())
+            kafka = running.enter_context(shared_kafka(folder))
         except KafkaUnavailableError as error:
             if os.environ.get("CI"):
                 raise
@@ -39,11 +42,20 @@ def kafka() -> Iterator[Kafka]:
         yield kafka
 
 
-@pytest.fixture
-def own_kafka() -> Iterator[LocalKafka]:
-    """A local broker for one test that stops or kills it."""
+@pytest.fixture(scope="module")
+def local_kafka() -> Iterator[LocalKafka]:
+    """A local broker for those tests of one file that stop or kill it."""
     with own(LocalKafka) as broker:
         yield broker
+
+
+@pytest.fixture
+def own_kafka(local_kafka: LocalKafka) -> LocalKafka:
+    """That broker, for one test at a time; whatever the last one did to it, it answers."""
+    if not local_kafka.answers():
+        local_kafka.kill()
+        local_kafka.start()
+    return local_kafka
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

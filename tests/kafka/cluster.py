@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -36,6 +38,28 @@ def running_kafka() -> Iterator[Kafka]:
             raise KafkaUnavailableError(f"{error}; or start Docker; or set {ADDRESS} to a Kafka's address") from error
         with local:
             yield local
+
+
+@contextmanager
+def shared_kafka(folder: Path) -> Iterator[Kafka]:
+    """The same, one for all processes that name this folder: who is first starts it, and ends it after all others."""
+    address = folder / "kafka"
+    with (folder / "kafka.users").open("w") as users, (folder / "kafka.first").open("w") as first, ExitStack() as ours:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        fcntl.flock(first, fcntl.LOCK_EX)
+        if address.exists():
+            kafka = Kafka(address.read_text())
+        else:
+            kafka = ours.enter_context(running_kafka())
+            address.write_text(kafka.bootstrap_servers)
+
+            def ended() -> None:
+                fcntl.flock(users, fcntl.LOCK_EX)
+                address.unlink()
+
+            ours.callback(ended)
+        fcntl.flock(first, fcntl.LOCK_UN)
+        yield kafka
 
 
 @contextmanager
