@@ -350,7 +350,8 @@ class Intake:
             moved, closing = partition.aggregator.moved, room and partition.aggregator.closing
             if number in partitions and (moved or closing):
                 changes[number] = partition.aggregator.commit(room)
-                room -= sum(each.log is Log.TOTALS for each in changes[number].appends)
+                # Advances are among them: never less than none, which would be no bound at all.
+                room = max(0, room - sum(each.log is Log.TOTALS for each in changes[number].appends))
         if not changes:
             self._draining = False
             return

@@ -638,7 +638,7 @@ def test_a_commit_closes_at_most_10_000_totals_however_many_partitions_there_are
 def test_advances_of_quiet_partitions_leave_a_commit_within_its_bound(
     kafka: Kafka, reading: Reading_, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are records beside the totals: with them a partition that takes all the room seemed to take more than that."""
+    """They are records beside the totals: a partition that takes all the room would seem to take more than that."""
     monkeypatch.setattr(intake, "CLOSINGS_PER_COMMIT", 10)
     topic = Topic.create(kafka, 3)
     reader = reading(topic)
