@@ -19,6 +19,7 @@ from consumer.deliver.customers import Customers
 from consumer.deliver.delivery import Delivery
 from consumer.deliver.pacing import Outlet
 from consumer.runtime import archive, distributed, embedded, start, stripe_check, stripe_reads
+from consumer.runtime.aside import aside
 from consumer.runtime.clocks import Clock
 from consumer.runtime.customers import CustomerFile, Passthrough
 from consumer.runtime.ground import Ground
@@ -33,6 +34,7 @@ from consumer.runtime.stripe import Stripe
 from consumer.runtime.stripe_reads import KeyRefused, ReadFailed, StripeReads
 from consumer.runtime.webhooks import Webhooks
 from consumer.storage import Stage, Unreachable
+from consumer.storage.kafka_topics import Topics
 from consumer.storage.sqlite import SqliteStore
 
 log = structlog.get_logger()
@@ -66,7 +68,7 @@ class Surroundings:
 
 def group_of(config: Config) -> str:
     """The consumer group of stage 1, which holds the witness of how far it has read."""
-    return f"tallyman-{config.pipeline}-aggregate"
+    return Topics.of(config.pipeline).group(Stage.AGGREGATE)
 
 
 def kafka_source(config: Config, group: str) -> Source:
@@ -181,10 +183,7 @@ class _Service:
         """Do not go on with meters that would bill wrongly. Returns whether there is nothing more to ask."""
         if self._key is None or self._config.stripe.mode != "send":
             return True
-        answer: asyncio.Future[str | None] = self._loop.create_future()
-        # A thread that nobody has to wait for: neither a stop nor the end of the process.
-        asking = Thread(target=self._ask_stripe, args=(self._key, answer), name="meters", daemon=True)
-        asking.start()
+        answer = aside("meters", stripe_check.misbilling, self._config, self._key, self._clock)
         stopping = asyncio.create_task(self._stop.wait())
         either: list[asyncio.Future[Any]] = [answer, stopping]
         await asyncio.wait(either, timeout=waits_s, return_when=asyncio.FIRST_COMPLETED)
@@ -217,23 +216,6 @@ class _Service:
         except Exception as failed:  # noqa: BLE001 - raised again when both stages have ended in good order
             self._judgement = failed
             self._stop.set()
-
-    def _ask_stripe(self, key: str, answer: asyncio.Future[str | None]) -> None:
-        try:
-            said, failure = stripe_check.misbilling(self._config, key, self._clock), None
-        except Exception as failed:  # noqa: BLE001 - raised again by whoever waits
-            said, failure = None, failed
-
-        def tell() -> None:
-            if answer.done():
-                return
-            if failure is not None:
-                answer.set_exception(failure)
-            else:
-                answer.set_result(said)
-
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            self._loop.call_soon_threadsafe(tell)
 
     def _prepare(self, ground: Ground, requests: Requests) -> None:
         config = self._config

@@ -11,24 +11,21 @@ import hmac
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from enum import StrEnum
-from threading import Thread
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import msgspec
 import structlog
 from aiohttp import web
 
 from consumer.runtime import reports
+from consumer.runtime.aside import aside
 from consumer.runtime.clocks import Clock
 from consumer.runtime.reports import Malformed, Matched, Reported
 from consumer.runtime.stripe import WrongMode
 from consumer.runtime.stripe_reads import KeyRefused, NotThere, ReadFailed, StripeReads
 from consumer.storage import Archive, StorageError
-
-T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -209,7 +206,7 @@ class Webhooks:
         if not self._ready():
             return _postponed(report, "the state is being restored")
         try:
-            reported, event_name, found = await _aside(self._take, report)
+            reported, event_name, found = await aside("stripe-report", self._take, report)
         except (Malformed, NotThere, WrongMode) as failed:
             result, why = Result.FAILED, str(failed)
         except (ReadFailed, StorageError) as failed:
@@ -277,18 +274,3 @@ def _read(body: bytes) -> Notification | None:
 def _postponed(report: str, reason: str) -> Result:
     log.warning("stripe_report_postponed", report=report, reason=reason)
     return Result.POSTPONED
-
-
-async def _aside(call: Callable[..., T], *given: object) -> T:
-    """What the call returns or raises, in a thread that nobody has to wait for, at a stop or at the process's end."""
-    answer: Future[T] = Future()
-    answer.set_running_or_notify_cancel()  # whoever waits for it may give up; the call goes on
-
-    def work() -> None:
-        try:
-            answer.set_result(call(*given))
-        except Exception as failed:  # noqa: BLE001 - raised again by whoever waits
-            answer.set_exception(failed)
-
-    Thread(target=work, name="stripe-report", daemon=True).start()
-    return await asyncio.wrap_future(answer)
