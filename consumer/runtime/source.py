@@ -101,6 +101,21 @@ class Ends(NamedTuple):
         return f"totals {self.totals} outcomes {self.outcomes}"
 
 
+class _Refusal:
+    """Why Kafka does not let us in, as it said when it was asked last.
+
+    Apart from who asks: a client that is garbage in a circle could be ended by a thread that it waits for.
+    """
+
+    def __init__(self) -> None:
+        self.text: str | None = None
+
+    def __call__(self, error: KafkaError) -> None:
+        """The client has met an error."""
+        if error.name() in REFUSING_US:
+            self.text = error.str()
+
+
 class Source:
     """One topic of one cluster, and the offsets that a consumer group has committed on it."""
 
@@ -110,8 +125,7 @@ class Source:
         self.group = group
         self._client = dict(client)
         self._admin: AdminClient | None = None
-        self._refusal: str | None = None
-        """Why Kafka does not let us in, as it said when it was asked last."""
+        self._refusal = _Refusal()
 
     def consumer(self) -> Consumer:
         """The consumer of stage 1: offsets are ours alone, and small fetches keep memory and latency low."""
@@ -231,7 +245,7 @@ class Source:
             # Held here: the answers to a client that is garbage never come, and another thread may replace it.
             admin = self._administrator()
             admin.poll(0)
-            self._refusal = None
+            self._refusal.text = None
             try:
                 return ask(admin)
             except Unreachable as failed:
@@ -254,23 +268,19 @@ class Source:
         admin = self._admin
         if admin is None:
             try:
-                admin = self._admin = administrator(self._client | {"error_cb": self._hear})
+                admin = self._admin = administrator(self._client | {"error_cb": self._refusal})
             except Unreachable as failed:
                 raise SourceSilent(str(failed)) from None
         return admin
-
-    def _hear(self, error: KafkaError) -> None:
-        if error.name() in REFUSING_US:
-            self._refusal = error.str()
 
     def _why_silent(self, error: KafkaError) -> str:
         tokens, servers = self._client.get("oauth_cb"), self._client["bootstrap.servers"]
         if isinstance(tokens, Tokens) and tokens.failure is not None:
             return f"there is no token for Kafka: {tokens.failure.reason}"
-        if self._refusal is not None:
+        if self._refusal.text is not None:
             return (
-                f"Kafka at {servers} does not let us in ({self._refusal}): are kafka.options and the secrets right, or "
-                "the role?"
+                f"Kafka at {servers} does not let us in ({self._refusal.text}): are kafka.options and the secrets "
+                "right, or the role?"
             )
         return f"Kafka does not answer at {servers} ({error.str()}): is it up, is bootstrap_servers right?"
 
