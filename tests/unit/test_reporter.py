@@ -14,8 +14,19 @@ import pytest
 
 from consumer import totals
 from consumer.deliver.customers import Customers
-from consumer.deliver.delivery import Delivery
-from consumer.deliver.entries import Entry, Reason, State, decode_outcome, encode_outcome, outcome, pack, refused
+from consumer.deliver.delivery import Attempt, Delivery
+from consumer.deliver.entries import (
+    SAME_IDENTIFIER_FOR,
+    Entry,
+    Reason,
+    State,
+    decode_outcome,
+    encode_outcome,
+    outcome,
+    pack,
+    refused,
+    unpack,
+)
 from consumer.deliver.pacing import Outlet
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.customers import Passthrough
@@ -35,12 +46,23 @@ CLOCK: Final = SystemClock()
 WITHIN_S: Final = 30.0
 
 
+class SteppingClock(SystemClock):
+    """A host's clock, ahead by as much as a test says."""
+
+    def __init__(self) -> None:
+        self.ahead = 0
+
+    def now(self) -> int:
+        return super().now() + self.ahead
+
+
 class Desk:
     """The store of a pipeline whose stage 1 has closed some totals."""
 
     def __init__(self, store: SqliteStore, stripe: StripeStandIn) -> None:
         self.store = store
         self.stripe = stripe
+        self.clock = SteppingClock()
 
     def write(self, *records: Record) -> None:
         """More in the totals log."""
@@ -53,15 +75,22 @@ class Desk:
         puts = {each.total.identifier.encode(): pack(each) for each in entries}
         self.store.commit(Stage.DELIVER, {0: Changes(len(given) + 1, puts)})
 
-    def run(self, until: Callable[[], object], *, hold: bool = False, parked: int = 100) -> None:
+    def run(
+        self,
+        until: Callable[[], object],
+        *,
+        hold: bool = False,
+        parked: int = 100,
+        core: type[Delivery] = Delivery,
+    ) -> None:
         """One life of stage 2, until something is durable."""
 
         async def live() -> None:
             outlet = Outlet(1000)
-            stripe = Stripe(SECRET_KEY, api_base=self.stripe.url, livemode=False, clock=CLOCK)
+            stripe = Stripe(SECRET_KEY, api_base=self.stripe.url, livemode=False, clock=self.clock)
 
             def deliver(customers: Customers) -> Delivery:
-                return Delivery(customers=customers, in_flight=100, parked_limit=parked, outlet=outlet)
+                return core(customers=customers, in_flight=100, parked_limit=parked, outlet=outlet)
 
             reporter = Reporter(
                 self.store,
@@ -73,7 +102,7 @@ class Desk:
                 stripe=stripe,
                 outlet=outlet,
                 spread=1,
-                clock=CLOCK,
+                clock=self.clock,
                 customers=Passthrough(),
                 file=None,
                 hold=hold,
@@ -167,3 +196,28 @@ def test_where_too_many_are_parked_what_stripe_reports_and_who_makes_room_is_hea
     desk.write(discard(parked))
     desk.run(lambda: len(desk.became) == 2, parked=1)
     assert desk.became == [(parked.identifier, "discarded"), (unread.identifier, "delivered")]
+
+
+def test_the_age_of_an_identifier_is_looked_at_in_the_line_before_the_request(desk: Desk) -> None:
+    """The last minute of its 23 hours goes by between the choice of what to send and the request for it."""
+    total = total_of("1", NOW - 2 * 86_400, "cus_1")
+    desk.write(total)
+    tried = Entry(total, State.RETRY, "cus_1", first_unproven=CLOCK.now() - SAME_IDENTIFIER_FOR + 60_000, attempts=1)
+    desk.store.commit(Stage.DELIVER, {0: Changes(2, {total.identifier.encode(): pack(tried)})})
+
+    class Slow(Delivery):
+        """A process that stands still as soon as it has something to send."""
+
+        def next(self, now: int) -> Attempt | None:
+            attempt = super().next(now)
+            if attempt is not None:
+                desk.clock.ahead = 60_000
+            return attempt
+
+    def standing() -> Entry:
+        return unpack(dict(desk.state()[1])[total.identifier.encode()])
+
+    desk.run(lambda: standing().state is State.PARKED, core=Slow)
+    assert standing().reason is Reason.IN_DOUBT
+    assert desk.clock.ahead, "it was to be sent"
+    assert desk.stripe.model.events == []
