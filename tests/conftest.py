@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -56,6 +57,35 @@ def own_kafka(local_kafka: LocalKafka) -> LocalKafka:
         local_kafka.kill()
         local_kafka.start()
     return local_kafka
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal the tests to the processes that run them, each of which begins with an equal stretch of the list.
+
+    What takes long comes first in each, so that nobody is left alone with it in the end; but the image is built by one
+    of them. After that one half of the processes waits for Kafka while the other half computes, and then the other way
+    round.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes == 1:
+        return
+    slow: dict[str, list[pytest.Item]] = {}
+    kafka, others = [], []
+    for each in items:
+        if each.get_closest_marker("slow"):
+            image = "image" in getattr(each, "fixturenames", ())
+            slow.setdefault("image" if image else each.nodeid, []).append(each)
+        elif each.get_closest_marker("kafka"):
+            kafka.append(each)
+        else:
+            others.append(each)
+    dealt: list[pytest.Item] = []
+    for number in range(processes):
+        dealt += chain.from_iterable(list(slow.values())[number::processes])
+        for kind in (kafka, others) if number % 2 else (others, kafka):
+            dealt += kind[len(kind) * number // processes : len(kind) * (number + 1) // processes]
+    items[:] = dealt
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

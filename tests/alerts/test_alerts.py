@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_the_alerts_fire_when_they_should_and_no_others_do(promtool: str, file: 
     _run(promtool, "test", "rules", str(file))
 
 
+@cache
 def _stories() -> list[dict[str, Any]]:
     return [story for file in STORIES for story in yaml.safe_load(file.read_text())["tests"]]
 

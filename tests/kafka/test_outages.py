@@ -119,6 +119,7 @@ def test_a_broker_that_goes_away_and_comes_back_costs_nothing(
     service.stop()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_refuses_writes_and_then_loses_its_quorum_is_waited_for(tmp_path: Path) -> None:
     """What is read cannot be committed, so it is read again until it can be."""
     with own(LocalCluster) as kafka, bench(kafka, tmp_path) as on:
