@@ -117,6 +117,8 @@ class Aggregator:
     def step(self, records: Sequence[Record], now: int) -> int:
         """Read records in the order of their offsets, and return how many of them were taken.
 
+        Raises ``ValueError`` for some that were read before: whoever gives them does not know where reading has got to.
+
         ``now`` is the reader's clock. A record that the broker dates more than five minutes ahead of it is not taken,
         nor what follows: one of the clocks is wrong, and the partition waits until they agree. One that its producer
         dates so is a dead letter and moves nothing.
@@ -124,6 +126,8 @@ class Aggregator:
         This is the hot path. What is plain (an ASCII JSON event of a type that one meter counts whole, on time, well
         formed and new) is counted here; everything else goes to ``_take``, where the rules are.
         """
+        if records and records[0][0] < self.offset:
+            raise ValueError(f"offset {records[0][0]} was read before: the next one is {self.offset}")
         ahead = now + AGREEMENT
         book, remembered = self.book, self._remembered
         typed, only, seconds, rests = self._decoder.typed, self._only, events.SECONDS, events.RESTS

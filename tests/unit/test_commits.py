@@ -63,6 +63,17 @@ def test_offsets_of_a_log_need_not_follow_one_another() -> None:
     assert stage.aggregator.commit().offset == 21
 
 
+def test_records_that_were_read_before_are_refused() -> None:
+    """Their ids may have been forgotten, and the offset would go back with them."""
+    stage = Stage1(rules())
+    stage.send(event("1"), T0)
+    with pytest.raises(ValueError, match="offset 0 was read before: the next one is 1"):
+        stage.aggregator.step(stage.log, T0)
+    stage.aggregator.reach(5)
+    with pytest.raises(ValueError, match="offset 4 was read before: the next one is 5"):
+        stage.aggregator.step([(4, (2, T0), b"k", None, event("2"))], T0)
+
+
 def test_an_untouched_partition_has_nothing_to_commit() -> None:
     stage = Stage1(rules())
     changed = [stage.aggregator.changed]
