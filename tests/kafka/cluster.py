@@ -62,6 +62,22 @@ def shared_kafka(folder: Path) -> Iterator[Kafka]:
         yield kafka
 
 
+class SaslKafka(LocalKafka):
+    """A broker with a second address, at which it wants to know who comes; at the first one it is as open as ever."""
+
+    def __init__(self, mechanism: str, login: str, **settings: str) -> None:
+        """``login`` is Kafka's own way to say who is known."""
+        super().__init__(**settings)
+        port, _ = free_ports()
+        self.guarded = f"127.0.0.1:{port}"
+        properties = self._node._properties
+        for name in ("listeners", "advertised.listeners"):
+            properties[name] += f",SASL_PLAINTEXT://{self.guarded}"
+        properties["listener.security.protocol.map"] += ",SASL_PLAINTEXT:SASL_PLAINTEXT"
+        properties["sasl.enabled.mechanisms"] = mechanism
+        properties[f"listener.name.sasl_plaintext.{mechanism.lower()}.sasl.jaas.config"] = login
+
+
 @contextmanager
 def own(make: Callable[[], K]) -> Iterator[K]:
     """Brokers for one test, which may do to them what it likes; where none can be started here, it is skipped."""

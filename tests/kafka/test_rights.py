@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 
 from consumer.cli import app
 from consumer.runtime.start import shown
-from consumer.sandbox.kafka import LocalKafka, free_ports
 from consumer.sandbox.stripe import SECRET_KEY
 from consumer.storage import Stage
-from tests.kafka.cluster import own
+from tests.kafka.cluster import SaslKafka, own
 from tests.kafka.harness import MINUTE, SECOND, Bench, Service, Topic, bench, event, past_events, real_now, until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
@@ -75,25 +74,17 @@ def listed(store: str) -> dict[str, list[Right]]:
     return found
 
 
-class Guarded(LocalKafka):
+class Guarded(SaslKafka):
     """A broker that lets a user do what rights allow, and nothing else; tests are nobody, who may do everything."""
 
     def __init__(self, users: list[str]) -> None:
+        known = " ".join(f'user_{user}="{PASSWORD}"' for user in users)
         super().__init__(
+            "PLAIN",
+            f"org.apache.kafka.common.security.plain.PlainLoginModule required {known};",
             authorizer_class_name="org.apache.kafka.metadata.authorizer.StandardAuthorizer",
             super_users="User:ANONYMOUS",
         )
-        port, _ = free_ports()
-        self.guarded = f"127.0.0.1:{port}"
-        properties = self._node._properties
-        assert isinstance(properties, dict)
-        for name in ("listeners", "advertised.listeners"):
-            properties[name] += f",SASL_PLAINTEXT://{self.guarded}"
-        properties["listener.security.protocol.map"] += ",SASL_PLAINTEXT:SASL_PLAINTEXT"
-        properties["sasl.enabled.mechanisms"] = "PLAIN"
-        known = " ".join(f'user_{user}="{PASSWORD}"' for user in users)
-        login = f"org.apache.kafka.common.security.plain.PlainLoginModule required {known};"
-        properties["listener.name.sasl_plaintext.plain.sasl.jaas.config"] = login
 
 
 def user_of(store: str, who: str) -> str:
