@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from consumer.sandbox.guard import guard
 from consumer.sandbox.stripe import SECRET_KEY
 
 _STOP_S: Final = 15.0
@@ -67,12 +68,7 @@ class Child:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is meant for whoever started it
             )
-        # When we end, however we end, the pipe closes and the guard ends the service that would be left behind.
-        self._guard = subprocess.Popen(  # noqa: S603 - our own command line
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._guard = guard(self._process)
         return self._process.pid
 
     @property

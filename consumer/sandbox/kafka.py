@@ -24,6 +24,8 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from consumer.sandbox.guard import guard
+
 VERSION = "4.3.1"
 _ARTIFACTS = (
     ("org.apache.kafka", "kafka_2.13", VERSION),
@@ -114,12 +116,7 @@ class Node:
         if self._process is not None:
             raise RuntimeError("the broker is running already")
         self._process = self._java(self._heap, "kafka.Kafka")
-        # If we are killed, the pipe closes and the guard ends the broker that would be left behind.
-        self._guard = subprocess.Popen(  # noqa: S603 - our own command line
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._guard = guard(self._process)
 
     def stop(self) -> None:
         """Shut it down in good order: clients are told and the log is closed."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import orjson
 
+from consumer.sandbox.guard import guard
 from consumer.storage import Stage
 from tests.exactness.world import Metrics, Process
 
@@ -69,10 +70,7 @@ class Worker(Process):
         self._stopping = False
         self._began_at = self.log_file.stat().st_size if self.log_file.exists() else 0
         self._process = self._run(*stage)
-        # If we are killed, the pipe closes and the guard ends the worker that would be left behind.
-        self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)], stdin=subprocess.PIPE
-        )
+        self._guard = guard(self._process)
 
     def kill(self) -> None:
         """SIGKILL, as a power cut would."""
