@@ -158,6 +158,20 @@ def test_all_that_are_released_are_sent_though_the_meter_was_refused_before() ->
     assert world.delivery.stops.names() == []
 
 
+def test_what_was_released_too_early_stops_its_event_name_again() -> None:
+    world, _, identifiers = stopped()
+    world.wait(-SECOND)  # before the next probe
+    world.command("release", identifiers[0])
+    world.obey()
+    world.commit()
+    world.delivery.answered(world.must_send(), NO_METER, world.now)
+    late = world.total("a")
+    world.obey()
+    world.commit()
+    assert world.send() is None, "nobody has to ask for it"
+    assert world.parked() == dict.fromkeys([*identifiers, late], "meter")
+
+
 def test_what_was_released_waits_for_stripe_and_is_not_parked_again_by_the_next_probe() -> None:
     """Stripe is away when it is released: until it answers, nobody knows better than who released it."""
     world, account, identifiers = stopped()
