@@ -70,6 +70,7 @@ class Duration(int):
 
 
 def between(least: str, most: str) -> AfterValidator:
+    """Refuses durations that are shorter or longer than these."""
     low, high = Duration.of(least), Duration.of(most)
 
     def check(value: Duration) -> Duration:
@@ -142,6 +143,7 @@ def _option(value: object) -> str:
 
 
 def in_order(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Each of them once, in an order that does not depend on how they were written."""
     # By type first: 1, true and "1" are three values, and 1 == True in Python.
     distinct = {(type(value).__name__, value): value for value in values}
     return tuple(distinct[key] for key in sorted(distinct))
