@@ -137,7 +137,7 @@ def meters() -> list[str]:
         SECRET_KEY, api_base=STRIPE, livemode=False, clock=SystemClock(), pause=lambda _seconds: None, attempts=1
     )
     try:
-        return [each.event_name for each in reads.meters()]
+        return [*reads.meters()]
     finally:
         reads.close()
 
