@@ -155,10 +155,13 @@ class Delivery:
 
     @property
     def paused(self) -> str | None:
-        """Why nothing more is read and a person is needed: ``unauthorised``, ``refusals`` or ``parked``."""
+        """Why nothing more is read and a person is needed: ``unauthorised``, ``refusals`` or ``parked``.
+
+        Totals that are set aside fill the same room, and make it again by themselves.
+        """
         if self.shut in {Shut.UNAUTHORISED, Shut.REFUSALS}:
             return str(self.shut)
-        return "parked" if len(self._parked) + self._seats.aside >= self._parked_limit else None
+        return "parked" if len(self._parked) >= self._parked_limit else None
 
     @property
     def collisions(self) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from consumer.deliver.answers import Answer, Heard, Lost
+from consumer.deliver.answers import Answer, Heard, Lost, NeverConnected
 from consumer.deliver.delivery import Attempt
 from tests.unit.delivery_world import BROKEN, BUSY, HOUR, MINUTE, NO_METER, OK, REFUSED, SECOND, World
 
@@ -210,3 +210,17 @@ def test_when_stripe_takes_less_for_a_while_the_rate_follows_down_and_up() -> No
     assert told.said[429] <= 0.04 * 40_000
     # 10 s at 900, 30 s at 300, and the rate rises for another 36 s until it is at 900 again.
     assert max(told.taken.values()) <= 85 * SECOND
+
+
+def test_totals_that_wait_for_others_of_their_customer_are_nothing_that_a_person_has_to_settle() -> None:
+    """Stripe is away, and all usage is of few customers: no more is read, and nothing is parked."""
+    world = World(in_flight=20, parked_limit=30)
+    world.total("carol")
+    for _ in range(60):
+        world.total()
+    world.run(world.now + MINUTE, lambda _: NeverConnected())
+    assert list(world.parked().values()) == ["unmapped"]
+    assert (world.delivery.aside, world.delivery.room) == (29, 0)
+    assert world.delivery.paused is None
+    world.run(world.now + HOUR)
+    assert len(world.outcomes) == 60
