@@ -80,6 +80,7 @@ class Desk:
         until: Callable[[], object],
         *,
         hold: bool = False,
+        shadow: bool = False,
         parked: int = 100,
         core: type[Delivery] = Delivery,
     ) -> None:
@@ -90,7 +91,7 @@ class Desk:
             stripe = Stripe(SECRET_KEY, api_base=self.stripe.url, livemode=False, clock=self.clock)
 
             def deliver(customers: Customers) -> Delivery:
-                return core(customers=customers, in_flight=100, parked_limit=parked, outlet=outlet)
+                return core(customers=customers, in_flight=100, parked_limit=parked, outlet=outlet, shadow=shadow)
 
             reporter = Reporter(
                 self.store,
@@ -235,3 +236,29 @@ def test_the_age_of_an_identifier_is_looked_at_in_the_line_before_the_request(de
     assert desk.entry(total).reason is Reason.IN_DOUBT
     assert desk.clock.ahead, "it was to be sent"
     assert desk.stripe.model.events == []
+
+
+def test_from_send_to_hold_to_shadow_and_back_nothing_is_billed_that_was_shadowed_or_may_be_there(desk: Desk) -> None:
+    """An answer was lost while it was sent. Whatever the mode is then, that total is a person's to settle."""
+    doubtful, held, shadowed, sent = (
+        total_of(name, NOW - 600, "cus_1") for name in ("doubtful", "held", "shadowed", "sent")
+    )
+    desk.write(doubtful, held)
+    tried = Entry(doubtful, State.SENDING, "cus_1", first_unproven=CLOCK.now() - 60_000, attempts=1)
+    desk.store.commit(Stage.DELIVER, {0: Changes(2, {doubtful.identifier.encode(): pack(tried)})})
+
+    desk.write(report("evt_1"))
+    desk.run(lambda: "report/evt_1" in desk.keys, hold=True)
+    assert desk.entry(doubtful).first_unproven == tried.first_unproven, "hold forgets nothing of it"
+    assert desk.became == []
+
+    desk.write(shadowed)
+    desk.run(lambda: len(desk.became) == 2 and desk.entry(doubtful).state is State.PARKED, shadow=True)
+    assert desk.became == [(each.identifier, "shadowed") for each in (held, shadowed)]
+    assert desk.entry(doubtful).reason is Reason.IN_DOUBT
+
+    desk.write(sent)
+    desk.run(lambda: len(desk.became) == 3)
+    assert desk.became[-1] == (sent.identifier, "delivered")
+    assert [each.identifier for each in desk.stripe.model.events] == [sent.identifier]
+    assert desk.entry(doubtful).reason is Reason.IN_DOUBT
