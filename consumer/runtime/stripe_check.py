@@ -164,9 +164,8 @@ def rate(config: Config) -> Finding:
         )
     calls = known * a_second
     if calls <= limit:
-        return Finding(
-            "ok", "rate", f"at most {calls:.3g} calls a second for {known} customers, of {limit:g} that may be made"
-        )
+        of = "1 customer" if known == 1 else f"{known} customers"
+        return Finding("ok", "rate", f"at most {calls:.3g} calls a second for {of}, of {limit:g} that may be made")
     return Finding(
         "warning",
         "rate",
