@@ -123,6 +123,11 @@ def release(
     Example: `tallyman parked release --reason meter --meter ai-tokens`
     """
     given = read_config(config)
+    if given.stripe.mode == "shadow":
+        raise Refused(
+            "stripe.mode is shadow: what is released now is finished as shadowed, and billed to nobody. Release it "
+            "when the mode is send; or have it billed by whoever bills now, and discard it"
+        )
     _check_why(why, despite_doubt=despite_doubt)
     with opened_store(given) as store:
         chosen, found = _chosen(

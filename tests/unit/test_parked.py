@@ -362,6 +362,16 @@ def test_where_stripe_does_not_tell_it_is_said_why(desk: Desk, change: str, why:
     assert why in shown
 
 
+def test_in_shadow_nothing_is_released(desk: Desk) -> None:
+    """It would be finished as shadowed: usage of a time when nobody else billed, and told to be sent after all."""
+    desk.doubt(total("x"), arrives=())
+    desk.wait(DAY)
+    desk.config.write_text(desk.config.read_text().replace("livemode: false", "livemode: false, mode: shadow"))
+    assert desk.advice("tm1-x") == "release"
+    assert "Release it when the mode is send" in desk.refuses("parked", "release", "tm1-x")
+    desk.says("parked", "discard", "tm1-x", "--why", "the other one bills it", "--despite-doubt")
+
+
 def test_what_moves_while_stripe_is_asked_is_not_judged(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A late total of the same minute was delivered between our look at our records and Stripe's answer."""
     desk.doubt(total("x"), arrives=())
