@@ -191,6 +191,38 @@ def test_one_identifier_never_has_two_values_across_changes_of_the_configuration
     assert {key[:1] for key in stage.entries} <= {b"p", b"m", b"i"}
 
 
+@LOGS
+@given(
+    logs(),
+    st.lists(st.tuples(st.sampled_from(VARIANTS), ACTS), min_size=2, max_size=4),
+)
+def test_a_restart_changes_nothing_whatever_was_configured_before(
+    log: list[Written], lives: list[tuple[Rules, list[Act]]]
+) -> None:
+    """Who was restarted and who went on would bill differently, and no replay would tell which of them was right."""
+
+    def lived(*, restarts: bool) -> Stage1:
+        stage = stage_of(log)
+        for variant, acts in lives:
+            stage.commit()
+            stage.crash(variant)
+            for act in acts:
+                if act.kind != "crash":
+                    live(stage, [act])
+                    continue
+                stage.commit()
+                if restarts:
+                    stage.crash()
+        stage.read()
+        stage.close_all()
+        return stage
+
+    restarted, went_on = lived(restarts=True), lived(restarts=False)
+    assert restarted.appended == went_on.appended
+    assert restarted.letters == went_on.letters
+    assert restarted.entries == went_on.entries
+
+
 def test_the_strategies_reach_every_outcome() -> None:
     """A search that never meets a late event, a repetition or a refusal proves nothing about them."""
     met: Counter[str] = Counter()
