@@ -77,6 +77,8 @@ class Aggregator:
         self._buckets = Buckets()
         self.book = PartitionBook(clock=clock)
         self._meter_books: dict[str, MeterBook] = {}
+        self._saved_books: dict[str, bytes] = {}
+        """As the last commit wrote them."""
         self._appends: list[Append] = []
         self._buried = 0
         """Bytes of dead letters since the last commit."""
@@ -305,7 +307,9 @@ class Aggregator:
         deletes.extend(_CHUNK + _CHUNK_KEY.pack(*name) for name in dropped)
         puts[_PARTITION_BOOK] = ledger.encode(self.book)
         for name, book in self._meter_books.items():
-            puts[_METER_BOOK + name.encode()] = ledger.encode(book)
+            encoded = ledger.encode(book)
+            if self._saved_books.get(name) != encoded:
+                puts[_METER_BOOK + name.encode()] = self._saved_books[name] = encoded
         self._changed = False
         return Changes(self.offset, puts, deletes, appends)
 

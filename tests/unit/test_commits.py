@@ -11,6 +11,7 @@ from tests.unit.stage1 import (
     T0,
     Stage1,
     event,
+    meter,
     rules,
     values,
 )
@@ -61,6 +62,22 @@ def test_offsets_of_a_log_need_not_follow_one_another() -> None:
     records = [(offset, (2, T0), b"k", None, event(str(offset))) for offset in (3, 7, 20)]
     assert stage.aggregator.step(records, T0) == 3
     assert stage.aggregator.commit().offset == 21
+
+
+def test_a_commit_writes_the_books_of_those_meters_that_have_changed() -> None:
+    """On hundreds of partitions with many meters the others would be most of what is written, all day long."""
+    stage = Stage1(rules(meter("tokens"), meter("calls", event_types=("called",))))
+    stage.send(event("1"), T0)
+    assert {b"mtokens", b"mcalls"} <= stage.commit().puts.keys()
+    stage.send(event("2"), T0)
+    assert [key for key in stage.commit().puts if key[:1] == b"m"] == [b"mtokens"]
+    stage.aggregator.advance(after(DEADLINE))
+    assert [key for key in stage.commit().puts if key[:1] == b"m"] == [b"mtokens"]
+    stage.crash()
+    stage.send(event("3", type="called"), after(DEADLINE))
+    stage.commit()
+    stage.crash()
+    stage.aggregator.check()
 
 
 def test_records_that_were_read_before_are_refused() -> None:
