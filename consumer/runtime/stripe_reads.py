@@ -65,7 +65,6 @@ class Meter(msgspec.Struct, frozen=True):
 
     id: str
     event_name: str
-    display_name: str
     status: str
     """``active`` or ``inactive``."""
     formula: str
@@ -87,13 +86,11 @@ class Price(msgspec.Struct, frozen=True):
     id: str
     product: str
     meter: str | None
-    active: bool
     currency: str
     interval: str | None
     lookup_key: str | None
     unit_amount: str | None
     """In the currency's smallest unit, a plain decimal; None where it is tiered."""
-    metadata: dict[str, str]
 
 
 class Customer(msgspec.Struct, frozen=True):
@@ -235,9 +232,7 @@ class StripeReads:
         while True:
             page = self._ask(what, partial(listing, {**params, **after, "limit": PAGE}))
             if getattr(page, "object", None) != "list":
-                raise ReadFailed(
-                    f"{what}: the answer is not Stripe's. Is stripe.api_base right, is a proxy in between?"
-                )
+                raise _not_stripes(what)
             yield from page.data
             if not page.has_more:
                 return
@@ -366,7 +361,6 @@ def _meter(each: Any) -> Meter:
     return Meter(
         id=each.id,
         event_name=each.event_name,
-        display_name=each.display_name,
         status=each.status,
         formula=each.default_aggregation.formula,
         event_time_window=each.event_time_window,
@@ -382,12 +376,10 @@ def _price(each: Any) -> Price:
         id=each.id,
         product=each.product if isinstance(each.product, str) else each.product.id,
         meter=getattr(recurring, "meter", None) if recurring else None,
-        active=each.active,
         currency=each.currency,
         interval=recurring.interval if recurring else None,
         lookup_key=getattr(each, "lookup_key", None),
         unit_amount=None if amount is None else str(amount),
-        metadata=_plain(each),
     )
 
 

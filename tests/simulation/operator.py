@@ -129,7 +129,7 @@ class Sums:
     def meters(self) -> dict[str, Meter]:
         """By their event names, whether they take events or not."""
         return {
-            name: Meter(name, name, name, "active", "sum", None, "stripe_customer_id", "value")
+            name: Meter(name, name, "active", "sum", None, "stripe_customer_id", "value")
             for name in ("tokens", "calls")
         }
 
