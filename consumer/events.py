@@ -416,14 +416,15 @@ class Decoder:
                 name = "datacontenttype"
             elif not _attribute_names[name]:
                 raise Malformed("invalid_attribute", f"{name!r} cannot be the name of an attribute")
-            if name in attributes:
-                raise Malformed("duplicate_attribute", f"{name} is in more than one header")
             if text is None:
                 raise Malformed("invalid_attribute", f"{name}: the header has no value")
             try:
-                attributes[name] = text.decode()
+                said = text.decode()
             except UnicodeDecodeError as error:
                 raise Malformed("invalid_attribute", f"{name}: {error}") from error
+            # Some libraries write content-type and ce_datacontenttype, which are one attribute.
+            if attributes.setdefault(name, said) != said:
+                raise Malformed("duplicate_attribute", f"{name} is in two headers, which differ")
         return self._made_of(attributes, self._data_in(value, attributes.get("datacontenttype")))
 
     def _data_in(self, content: bytes, content_type: str | None) -> Any:
