@@ -664,10 +664,21 @@ def test_no_setting_is_left_out() -> None:
     }
     tried |= {"pipeline", "bill_from", "kafka.topic", "kafka.arrival"}
     where_things_are = {"kafka.bootstrap_servers", "kafka.options", "storage.kind", "storage.path", "stripe.api_base"}
+    how_it_gets_in = {"kafka.token.kind", "kafka.token.region"}
     pace_and_pages = {"commit_every", "stripe.max_rate", "http.host", "http.port", "webhook.host", "webhook.port"}
     judged_before_a_start = {"stripe.livemode", "stripe.finalization_grace"}
-    sections = {"kafka", "storage", "limits", "customers", "stripe", "http", "webhook", "meters[].stripe"}
-    known = tried | where_things_are | pace_and_pages | judged_before_a_start | sections
+    sections = {
+        "kafka",
+        "kafka.token",
+        "storage",
+        "limits",
+        "customers",
+        "stripe",
+        "http",
+        "webhook",
+        "meters[].stripe",
+    }
+    known = tried | where_things_are | how_it_gets_in | pace_and_pages | judged_before_a_start | sections
     assert set(_settings(schema())) - known == set()
 
 
