@@ -4,6 +4,7 @@ Kafka's client asks for the next one by itself, in a thread of its own, when fou
 docs/decisions/0018.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -61,11 +62,19 @@ class Tokens:
         """
         del config
         with self._lock:
-            if self._now() >= self._renew_at:
-                self._renew()
-            if self._token is None or self._token.expires <= self._now():
-                raise NoToken(self.failure.reason if self.failure else "the token has expired as soon as it was made")
-            return self._token
+            # The thread is a client's. It may end no client: not this one, and none that waits for this lock.
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                if self._now() >= self._renew_at:
+                    self._renew()
+                if self._token is None or self._token.expires <= self._now():
+                    why = self.failure.reason if self.failure else "the token has expired as soon as it was made"
+                    raise NoToken(why)
+                return self._token
+            finally:
+                if collects:
+                    gc.enable()
 
     def _renew(self) -> None:
         try:

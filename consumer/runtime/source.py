@@ -22,7 +22,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
 from consumer.storage import Unreachable
-from consumer.storage.kafka_client import REFUSING_US, administrator, made
+from consumer.storage.kafka_client import REFUSING_US, administrator, answer, made
 from consumer.tokens import Tokens
 
 T = TypeVar("T")
@@ -154,13 +154,13 @@ class Source:
 
         def ask(admin: AdminClient) -> tuple[Any, Any, Any]:
             resource = ConfigResource(ResourceType.TOPIC, self.topic)
-            cluster = admin.describe_cluster(request_timeout=REQUEST_S).result()
+            cluster = answer(admin.describe_cluster(request_timeout=REQUEST_S))
             topics = admin.describe_topics(TopicCollection([self.topic]), request_timeout=REQUEST_S)
-            found = topics[self.topic].result()
+            found = answer(topics[self.topic])
             return (
                 cluster,
                 found,
-                admin.describe_configs([resource], request_timeout=REQUEST_S)[resource].result(),
+                answer(admin.describe_configs([resource], request_timeout=REQUEST_S)[resource]),
             )
 
         cluster, found, settings = self._answer(ask)
@@ -214,7 +214,7 @@ class Source:
 
         def ask(admin: AdminClient) -> tuple[str, int]:
             topics = admin.describe_topics(TopicCollection([self.topic]), request_timeout=timeout)
-            found = topics[self.topic].result()
+            found = answer(topics[self.topic])
             return str(found.topic_id), len(found.partitions)
 
         return self._answer(ask, timeout)
@@ -235,7 +235,7 @@ class Source:
             futures = admin.list_offsets(
                 asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout
             )
-            return {partition.partition: future.result().offset for partition, future in futures.items()}
+            return {partition.partition: answer(future).offset for partition, future in futures.items()}
 
         return self._answer(ask, timeout)
 

@@ -1,6 +1,7 @@
 """Asking Kafka: what is worth another try, and what is said where there is no answer."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any, Final, TypeVar
@@ -69,6 +70,18 @@ def reader(client: Mapping[str, Any], group: str, *, committed: bool) -> Consume
 def administrator(client: Mapping[str, Any]) -> AdminClient:
     """Asks and changes what is no record. It logs nothing: nobody polls it for its lines, and what fails is raised."""
     return made(AdminClient, {name: value for name, value in client.items() if name != "logger"} | {"log_level": "0"})
+
+
+def answer(future: Future[T]) -> T:
+    """What was asked of an administrator; raises what went wrong.
+
+    What a future itself raises leads by its traceback to whoever asked, to the client, and back to the future: garbage
+    in a circle, which Python collects in any thread. In one of the client's own that ends the process.
+    """
+    failed = future.exception()
+    if failed is not None:
+        raise type(failed)(*failed.args)
+    return future.result()
 
 
 NEW: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})

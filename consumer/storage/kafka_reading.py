@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, cast
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from consumer.storage import Facts, Log, Logged, Stage, StorageError, Unreachable
-from consumer.storage.kafka_client import PASSING, REQUEST_S, administrator, asked, reader
+from consumer.storage.kafka_client import PASSING, REQUEST_S, administrator, answer, asked, reader
 from consumer.storage.kafka_records import POSITION_KEY, Position, decode_position, mark_in
 from consumer.storage.kafka_topics import Topics, partitions_of
 
@@ -174,7 +174,7 @@ def members_of(client: Mapping[str, Any], group: str) -> list[str]:
 
     def ask(within: float) -> list[str]:
         try:
-            described = admin.describe_consumer_groups([group], request_timeout=within)[group].result()
+            described = answer(admin.describe_consumer_groups([group], request_timeout=within)[group])
         except KafkaException as failed:
             if failed.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
                 raise

@@ -12,7 +12,7 @@ from confluent_kafka.admin._resource import ResourceType
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
 from consumer.storage import Log, Stage, StorageError, Unreachable
-from consumer.storage.kafka_client import AGAIN_S, NEW, PASSING, REQUEST_S, administrator, asked
+from consumer.storage.kafka_client import AGAIN_S, NEW, PASSING, REQUEST_S, administrator, answer, asked
 
 LARGEST_RECORD: Final = 2**20
 """Bytes. Larger than any record of ours: a dead letter holds an event of 256 KB in base64."""
@@ -194,7 +194,7 @@ def _described(admin: AdminClient, topics: Iterable[str]) -> dict[str, list[bool
         found: dict[str, list[bool]] = {}
         for topic in wanted:
             try:
-                described = answers[topic].result().partitions
+                described = answer(answers[topic]).partitions
             except KafkaException as failed:
                 if failed.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise
@@ -214,12 +214,12 @@ def _create(admin: AdminClient, topic: str, partitions: int, settings: Iterable[
     new = NewTopic(
         topic, num_partitions=partitions, replication_factor=-1, config={each.name: each.value for each in settings}
     )
-    _changed(lambda within: admin.create_topics([new], request_timeout=within)[topic].result(), f"creating {topic}")
+    _changed(lambda within: answer(admin.create_topics([new], request_timeout=within)[topic]), f"creating {topic}")
 
 
 def _grow(admin: AdminClient, topic: str, partitions: int) -> None:
     new = NewPartitions(topic, partitions)
-    _changed(lambda within: admin.create_partitions([new], request_timeout=within)[topic].result(), f"growing {topic}")
+    _changed(lambda within: answer(admin.create_partitions([new], request_timeout=within)[topic]), f"growing {topic}")
 
 
 def _changed(change: Callable[[float], object], what: str) -> None:
@@ -263,7 +263,7 @@ def _wrong_partitions(topics: Topics, found: Mapping[str, int]) -> Iterable[str]
 def _wrong_settings(admin: AdminClient, servers: str, topic: str, settings: Iterable[_Setting]) -> Iterable[str]:
     resource = ConfigResource(ResourceType.TOPIC, topic)
     found = asked(
-        lambda within: admin.describe_configs([resource], request_timeout=within)[resource].result(),
+        lambda within: answer(admin.describe_configs([resource], request_timeout=within)[resource]),
         f"the settings of {topic}",
         within=REQUEST_S,
         passing=PASSING | NEW,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import http.server
 import os
 import sys
@@ -15,9 +16,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from confluent_kafka.admin import AdminClient
 from structlog.testing import capture_logs
 
 from consumer.config import Config, ConfigError, load
+from consumer.runtime.source import Source, SourceSilent
 from consumer.tokens import AGAIN_S, Failure, NoToken, Token, Tokens, aws_msk_iam
 
 LIFE_S = 900.0
@@ -263,3 +266,20 @@ def test_without_awss_library_the_configuration_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "aws_msk_iam_sasl_signer", None)
     assert "pip install 'tallyman[msk]', or build the image with --build-arg EXTRAS=msk" in wrong(tmp_path, token=TOKEN)
     assert loaded(tmp_path).kafka_tokens is None, "nobody else needs it"
+
+
+# Kafka's clients
+
+
+def test_no_client_that_fails_is_left_for_the_garbage_collector() -> None:
+    """It may run in a thread that calls us for a token, and a client that is ended there takes the process with it."""
+    gc.collect()
+    gc.disable()
+    try:
+        source = Source({"bootstrap.servers": "127.0.0.1:1", "log_level": "0"}, "usage-events", "docs")
+        for ask in (lambda: source.topic_now(0.1), lambda: source.ends([0], 0.1)):
+            with pytest.raises(SourceSilent):
+                ask()
+        assert [each for each in gc.get_objects() if isinstance(each, AdminClient)] == []
+    finally:
+        gc.enable()
