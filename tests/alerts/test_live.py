@@ -67,9 +67,11 @@ def test_the_alerts_that_should_fire_do_and_only_they_and_every_panel_has_data(
 
         try:
             run_until(stories, all_fire, "all alerts fire", within=WITHIN_S)
-        finally:
-            fired = prometheus.fired()
-            assert fired == stories.expected
+        except AssertionError:
+            assert prometheus.fired() == stories.expected
+            raise
+        fired = prometheus.fired()
+        assert fired == stories.expected
         assert set().union(*fired.values(), NOT_HERE, {"TallymanNotScraped"}) == alerts().keys()
         for alert in prometheus.alerts():
             for text in alert["annotations"].values():
