@@ -155,8 +155,12 @@ class Transactions:
             # It is that thread's for good: whoever touched it would wait as long. Its successor ends what it began.
             self._producer = None
             raise Abandoned("the group does not answer: the commit was given up, nothing of it is there") from None
-        if failed is not None:
-            raise failed
+        try:
+            if failed is not None:
+                raise failed
+        finally:
+            # It leads to this frame, and so to the producer: garbage in a circle, see ``answer``.
+            del failed
 
     def _produce(self, producer: Producer, records: Iterable[Record], deadline: float) -> None:
         produce = producer.produce

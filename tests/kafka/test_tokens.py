@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
 from typer.testing import CliRunner
 
 from consumer.cli import app
@@ -21,7 +22,10 @@ from consumer.runtime import service
 from consumer.runtime.check import check
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.findings import Finding
+from consumer.sandbox.kafka import Kafka
 from consumer.sandbox.stripe import SECRET_KEY
+from consumer.storage import Refused
+from consumer.storage.kafka_transactions import Offsets, Record, Transactions
 from consumer.tokens import NoToken, Token
 from tests.kafka.cluster import SaslKafka, own
 from tests.kafka.harness import HOUR, METER, TOKENS, Bench, Service, Topic, bench, past_events, real_now, until
@@ -188,3 +192,30 @@ def test_tokens_expire_all_the_time_and_everything_is_billed_once(
 def checked(made: Service, issuer: Issuer) -> list[Finding]:
     config = load(made.write(), made.environ, provider=issuer)
     return [*check(config, service.kafka_source(config, service.group_of(config)), SystemClock())]
+
+
+def test_a_producer_whose_commit_was_refused_is_not_left_for_the_garbage_collector(kafka: Kafka) -> None:
+    """As in tests/unit/test_tokens.py: what went wrong does not lead back to the client that it went wrong with."""
+    topic = Topic.create(kafka)
+    client = {"bootstrap.servers": kafka.bootstrap_servers, "log_level": "0"}
+    member = Consumer(client | {"group.id": topic.name})
+    member.subscribe([topic.name])
+    until(lambda: member.poll(0.1) is None and member.assignment(), "it is a member")
+    was = member.consumer_group_metadata()
+    member.close()
+    gc.collect()
+    gc.disable()
+    try:
+        before = producers()
+        transactions = Transactions(client, topic.name, within=10.0)
+        with pytest.raises(Refused):
+            transactions.run([Record(topic.name, 0, b"k", b"v")], Offsets([TopicPartition(topic.name, 0, 1)], was))
+        assert producers() == before + 1
+        transactions.close()
+        assert producers() == before
+    finally:
+        gc.enable()
+
+
+def producers() -> int:
+    return sum(isinstance(each, Producer) for each in gc.get_objects())
