@@ -597,6 +597,25 @@ def test_zero_is_finished_unsent() -> None:
     assert world.balanced()
 
 
+@pytest.mark.parametrize(
+    ("value", "billed", "rounded"),
+    [
+        ("1000000000000005", "1000000000000000", "5"),
+        ("1000000000000015", "1000000000000020", "-5"),
+        ("-1000000000000005", "-1000000000000000", "-5"),
+        ("1000.000000000005", "1000", "0.000000000005"),
+    ],
+)
+def test_half_of_the_last_digit_goes_to_the_even_one(value: str, billed: str, rounded: str) -> None:
+    """Always up, a customer with many such totals would pay for it."""
+    world = World()
+    world.total("alice", value)
+    world.run(world.now)
+    (outcome,) = world.outcomes
+    assert (outcome.billed, outcome.rounded) == (billed, rounded)
+    assert world.balanced()
+
+
 def test_a_value_beyond_stripes_digits_is_rounded_and_the_difference_kept() -> None:
     """15 digits go out, without an exponent; what is cut off is accounted for, and not lost."""
     world = World()
