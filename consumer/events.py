@@ -9,13 +9,14 @@ data of another shape or to say what is wrong.
 import base64
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import date
 from itertools import takewhile
 from operator import attrgetter
-from typing import Annotated, Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
+
+from consumer.memory import Memory
 
 Headers = Sequence[tuple[str, bytes | None]] | None
 """The headers of a Kafka record, in the form in which the client gives them."""
@@ -36,8 +37,6 @@ Reason = Literal[
     "undecodable",
 ]
 
-_Piece = TypeVar("_Piece", bound=str | bytes)
-_Value = TypeVar("_Value")
 _NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -56,7 +55,7 @@ class Malformed(Exception):
 class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The context of a usage event. What else the meters read is behind the getters of the decoder that made it.
 
-    `time` is the text as it came, judged by whoever needs the instant (`parse_time`).
+    `time` is the text as it came, judged by whoever needs the instant.
     """
 
     specversion: Literal["1.0"]
@@ -77,22 +76,6 @@ _OBJECT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ARRAY: Final = msgspec.json.Decoder(list[msgspec.Raw])
 _STRING: Final = msgspec.json.Decoder(str | None)
 _SCALAR: Final = msgspec.json.Decoder(str | bool | int | None)
-
-
-class Memory(dict[_Piece, _Value]):
-    """What a function made of the pieces of text that keep coming back; bounded, since anybody can send new ones."""
-
-    def __init__(self, of: Callable[[_Piece], _Value]) -> None:
-        super().__init__()
-        self._of = of
-
-    def __missing__(self, piece: _Piece) -> _Value:
-        value = self._of(piece)
-        if len(piece) <= 100:
-            if len(self) >= 16_384:
-                self.clear()
-            self[piece] = value
-        return value
 
 
 # Paths into the data
@@ -452,75 +435,3 @@ class Decoder:
             return msgspec.convert(attributes, self._event)
         except msgspec.ValidationError as error:
             raise _fault(attributes) from error
-
-
-# Event times
-
-_SECOND: Final = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt]([01]\d|2[0-3]):([0-5]\d):([0-5]\d)", re.ASCII)
-_REST: Final = re.compile(r"(?:\.(\d+))?([Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))", re.ASCII)
-_EPOCH: Final = date(1970, 1, 1).toordinal()
-_DAY: Final = 86_400_000
-
-
-def parse_time(text: str) -> int:
-    """An RFC 3339 time in milliseconds since the epoch, UTC: the millisecond in which it lies, never rounded up.
-
-    Raises ValueError for anything else, a time without an offset included. A leap second, 23:59:60 UTC, is the last
-    millisecond of its day whatever its fraction: it stays in the minute to which it belongs.
-    """
-    try:
-        return SECONDS[text[:19]] + RESTS[text[19:]]
-    except ValueError as error:
-        instant = _leap_second(text)
-        if instant is not None:
-            return instant
-        raise ValueError(f"{text[:60]!r} is not an RFC 3339 time: {error}") from None
-
-
-def _second(text: str) -> int:
-    match = _SECOND.fullmatch(text)
-    if match is None:
-        raise ValueError("it does not begin with YYYY-MM-DDThh:mm:ss, or has a number out of range")
-    year, month, day, hour, minute, second = map(int, match.groups())
-    return (date(year, month, day).toordinal() - _EPOCH) * _DAY + (hour * 3600 + minute * 60 + second) * 1000
-
-
-def _rest(text: str) -> int:
-    match = _REST.fullmatch(text)
-    if match is None:
-        raise ValueError("it does not end with an optional fraction and Z or an offset such as +05:30")
-    fraction, _, sign, hours, minutes = match.groups()
-    milliseconds = int((fraction or "").ljust(3, "0")[:3])
-    if sign is None:
-        return milliseconds
-    offset = (int(hours) * 60 + int(minutes)) * 60_000
-    return milliseconds - offset if sign == "+" else milliseconds + offset
-
-
-class _Rests(Memory[str, int]):
-    """Digits below the millisecond change nothing, and with them no rest would ever come back."""
-
-    def __missing__(self, piece: str) -> int:
-        if len(piece) > 5:
-            zone = -1 if piece[-1] in "Zz" else -6
-            below = piece[4:zone]
-            if below and below.isdigit() and below.isascii():
-                return self[piece[:4] + piece[zone:]]
-        return super().__missing__(piece)
-
-
-SECONDS: Final = Memory(_second)
-"""The first 19 characters of a time, in milliseconds since the epoch as if it were UTC; for the hot path."""
-RESTS: Final = _Rests(_rest)
-"""What follows them, fraction and offset, in milliseconds to add."""
-
-
-def _leap_second(text: str) -> int | None:
-    rest = _REST.fullmatch(text, 19)
-    if text[17:19] != "60" or rest is None:
-        return None
-    try:
-        instant = SECONDS[f"{text[:17]}59"] + 999 + RESTS[rest[2]]
-    except ValueError:
-        return None
-    return instant if instant % _DAY == _DAY - 1 else None

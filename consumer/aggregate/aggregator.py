@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 from xxhash import xxh64_intdigest
 
-from consumer import deadletters, events, totals
+from consumer import deadletters, events, times, totals
 from consumer.aggregate import buckets, ledger
 from consumer.aggregate.buckets import Buckets
 from consumer.aggregate.clock import AGREEMENT
@@ -24,7 +24,7 @@ from consumer.aggregate.ledger import MeterBook, PartitionBook
 from consumer.aggregate.meters import Meter, Source, identifier
 from consumer.aggregate.readers import Uncountable, paths_of
 from consumer.deadletters import LARGEST_LETTER, LARGEST_VALUE, DeadLetter
-from consumer.events import Decoder, Event, Headers, Malformed, parse_time
+from consumer.events import Decoder, Event, Headers, Malformed
 from consumer.storage import Append, Changes, Log
 from consumer.totals import Advance, Total
 
@@ -132,7 +132,7 @@ class Aggregator:
             raise ValueError(f"offset {records[0][0]} was read before: the next one is {self.offset}")
         ahead = now + AGREEMENT
         book, remembered = self.book, self._remembered
-        typed, only, seconds, rests = self._decoder.typed, self._only, events.SECONDS, events.RESTS
+        typed, only, seconds, rests = self._decoder.typed, self._only, times.SECONDS, times.RESTS
         seen, fresh, prefixes, in_value = remembered.seen, remembered.fresh, PREFIXES, events.in_value
         arrival, interval = book.arrival, remembered.interval
         earliest, latest = max(self._earliest, arrival - self._accept_late), arrival + FUTURE
@@ -194,7 +194,7 @@ class Aggregator:
         if not meters:
             return self._ignore("unmatched")
         try:
-            at = stamp if event.time is None else parse_time(event.time)
+            at = stamp if event.time is None else times.parse_time(event.time)
         except ValueError as wrong:
             raise Uncountable("time_invalid", str(wrong)) from None
         if at < self._bill_from:

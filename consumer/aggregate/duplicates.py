@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from consumer.events import Memory
+from consumer.memory import Memory
 
 INTERVALS: Final = 24
 IDS_PER_CHUNK: Final = 8_000

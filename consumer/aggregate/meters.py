@@ -8,12 +8,12 @@ from typing import Final, Literal
 
 import msgspec
 
+from consumer.events import Path
 from consumer.totals import Destination
 
 RULES: Final = 1
 """Version of the rules in this package by which events become totals; part of every edition."""
 
-Path = tuple[str | int, ...]
 Scalar = str | int | bool | Decimal
 
 WINDOW_MS: Final = {"1m": 60_000, "1h": 3_600_000}

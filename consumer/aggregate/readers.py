@@ -7,9 +7,9 @@ from typing import Final, NamedTuple
 import msgspec
 from msgspec import UNSET
 
-from consumer.aggregate.meters import Meter, Path, Scalar
+from consumer.aggregate.meters import Meter, Scalar
 from consumer.aggregate.numbers import NotAQuantity, quantity
-from consumer.events import Decoder, Event
+from consumer.events import Decoder, Event, Path
 from consumer.totals import SCALE, SCALE_DIGITS
 
 LONGEST_CUSTOMER: Final = 255

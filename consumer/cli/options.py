@@ -9,11 +9,11 @@ import typer
 
 from consumer.config import Config, load
 from consumer.config_values import Duration
-from consumer.events import parse_time
 from consumer.runtime import archive, service
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.source import Source
 from consumer.storage import Archive
+from consumer.times import parse_time
 
 CLOCK: Final = SystemClock()
 DEFAULT: Final = Path("config/tallyman.yaml")

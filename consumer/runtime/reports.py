@@ -18,8 +18,8 @@ from consumer.deliver.entries import (
     total_of,
     unpack,
 )
-from consumer.events import parse_time
 from consumer.storage import Append, Archive, Log, Stage
+from consumer.times import parse_time
 from consumer.totals import Rejection, Report
 
 TYPES: Final = frozenset({"v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found"})

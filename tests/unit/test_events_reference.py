@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from consumer.events import Decoder, Event, Malformed, Path, parse_time
+from consumer.events import Decoder, Event, Malformed, Path
+from consumer.times import parse_time
 
 PATHS: tuple[Path, ...] = (("model",), ("tokens", "total"), ("tokens",), ("items", 1, "n"))
 EXTENSIONS = ("customerid", "region")
