@@ -260,6 +260,7 @@ class Aggregator:
 
     @property
     def open_buckets(self) -> int:
+        """Windows that are still counted, each revision by itself."""
         return len(self._buckets.open)
 
     @property

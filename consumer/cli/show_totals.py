@@ -105,7 +105,7 @@ def parked(entries: Iterable[Entry]) -> None:
 def judged(of: Judged) -> None:
     """All of one parked total, what is known of where it may be, and what to do."""
     entry, total = of.entry, of.entry.total
-    times = f", the {entry.parking}. time" if entry.parking > 1 else ""
+    times = f", parked {entry.parking} times" if entry.parking > 1 else ""
     rows: list[tuple[str, object]] = [
         ("identifier", total.identifier),
         ("meter", f"{total.meter}, at Stripe {total.stripe.event_name}"),

@@ -164,11 +164,6 @@ class Delivery:
         return "parked" if len(self._parked) >= self._parked_limit else None
 
     @property
-    def collisions(self) -> int:
-        """Totals whose identifier Stripe had before we sent it, parked durably."""
-        return self.alarms.get(Reason.COLLISION, 0)
-
-    @property
     def rate(self) -> float:
         """Attempts per second at most, as Stripe lets us."""
         return self._outlet.pacing.rate

@@ -111,7 +111,7 @@ class Stripe:
         said = _read(body)
         if not 200 <= status < 300:
             self._note_date(headers)
-            error = said.error or _Error()
+            error = said.error or Error()
             retry = headers.get("Stripe-Should-Retry")
             return Answer(
                 status,
@@ -158,7 +158,9 @@ def _form(attempt: Attempt) -> bytes:
     return urlencode(form, safe="[]").encode()
 
 
-class _Error(msgspec.Struct):
+class Error(msgspec.Struct):
+    """What Stripe says is wrong. Whoever answers in its place may say anything."""
+
     type: str | None = None
     code: str | None = None
     message: str | None = None
@@ -168,7 +170,7 @@ class _Body(msgspec.Struct):
     object: str | None = None
     livemode: bool | None = None
     identifier: str | None = None
-    error: _Error | None = None
+    error: Error | None = None
 
 
 _decoder = msgspec.json.Decoder(_Body)

@@ -20,7 +20,7 @@ import stripe
 
 from consumer.aggregate.clock import Reading
 from consumer.runtime.clocks import Clock
-from consumer.runtime.stripe import API_VERSION, WrongMode, proxy_to
+from consumer.runtime.stripe import API_VERSION, Error, WrongMode, proxy_to
 from consumer.totals import SCALE
 
 ATTEMPTS: Final = 5
@@ -283,14 +283,8 @@ class StripeReads:
         self.date = Reading(int(date.timestamp() * 1000), self._clock.elapsed())
 
 
-class _Error(msgspec.Struct):
-    type: str | None = None
-    code: str | None = None
-    message: str | None = None
-
-
 class _Body(msgspec.Struct):
-    error: _Error | msgspec.UnsetType = msgspec.UNSET
+    error: Error | msgspec.UnsetType = msgspec.UNSET
 
 
 def _understood(body: bytes) -> bytes:

@@ -185,6 +185,7 @@ def members_of(client: Mapping[str, Any], group: str) -> list[str]:
 
 
 def partition_count(client: Mapping[str, Any], topic: str) -> int:
+    """How many partitions a topic has; raises ``Unreachable`` where no broker knows it now."""
     found = partitions_of(administrator(client), [topic])
     if topic not in found:
         raise Unreachable(f"not to be used at the moment: {topic}. Are all brokers up?")

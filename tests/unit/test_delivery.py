@@ -105,12 +105,12 @@ def test_on_a_sure_first_attempt_it_is_a_collision(answer: Answer) -> None:
     attempt = world.sent()
     world.delivery.answered(attempt, answer, world.now)
     assert world.parked() == {attempt.identifier: "collision"}
-    assert world.delivery.collisions == 0, "paged about before it is durable"
+    assert Reason.COLLISION not in world.delivery.alarms, "paged about before it is durable"
 
     assert world.store()
-    assert world.delivery.collisions == 0
+    assert Reason.COLLISION not in world.delivery.alarms
     world.delivery.committed()
-    assert world.delivery.collisions == 1
+    assert world.delivery.alarms[Reason.COLLISION] == 1
     assert world.balanced()
 
 
@@ -123,9 +123,9 @@ def test_a_park_that_no_commit_has_seen_raises_no_alarm() -> None:
     world.store()
     world.delivery.answered(attempt, duplicate(attempt.identifier), world.now)
     world.delivery.committed()
-    assert world.delivery.collisions == 0
+    assert Reason.COLLISION not in world.delivery.alarms
     world.commit()
-    assert world.delivery.collisions == 1
+    assert world.delivery.alarms[Reason.COLLISION] == 1
 
 
 @pytest.mark.parametrize("absent", PROVEN_ABSENT)
