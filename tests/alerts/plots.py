@@ -107,11 +107,20 @@ def _stripe_away(scene: Scene) -> Steps:
 
 
 def _stripe_ill(scene: Scene) -> Steps:
-    """Some of its answers are errors, and some say that we are too fast, for as long as there is something to send."""
+    """Some of its answers are errors, for as long as there is something to send."""
+    yield from _sending_with(scene, Fault.ERROR)
+
+
+def _stripe_limits(scene: Scene) -> Steps:
+    """Some of its answers say that we are too fast, however slow we are."""
+    yield from _sending_with(scene, Fault.RATE_LIMITED)
+
+
+def _sending_with(scene: Scene, fault: Fault) -> Steps:
     scene.service.set(stripe={"max_rate": 30})
     yield from started(scene.service)
     backlog(scene.topic, 3000)
-    scene.on.stripe.faults.rates = {Fault.ERROR: 0.15, Fault.RATE_LIMITED: 0.25}
+    scene.on.stripe.faults.rates = {fault: 0.3}
     yield from scene.until_cured()
     scene.on.stripe.faults.rates = {}
     scene.service.set(stripe={"max_rate": 1000})
@@ -303,7 +312,8 @@ PLOTS: Final = (
     Plot("hanging-producer", _hanging_producer, ("LagGrowing", "FarBehind", "NoProgress")),
     Plot("clock", _clock, ("PartitionWaitsForClock",), arrival="log_append_time"),
     Plot("stripe-away", _stripe_away, ("StripeAway", "DeliveryLate", "DeliverySlow", "UsageNearsCutoff")),
-    Plot("stripe-ill", _stripe_ill, ("StripeErrors", "StripeLimits")),
+    Plot("stripe-ill", _stripe_ill, ("StripeErrors",)),
+    Plot("stripe-limits", _stripe_limits, ("StripeLimits",)),
     Plot("wrong-key", _wrong_key, ("DeliveryPaused",)),
     Plot("held", _held, ("DeliveryHeld",)),
     Plot("late", _late, ("DeliveredAfterGrace", "ReconcileDrift")),
