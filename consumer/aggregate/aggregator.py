@@ -396,20 +396,29 @@ class Aggregator:
 
     def check(self) -> None:
         """Conservation: every event read is accounted for. Raises ``UnbalancedError``, naming what does not add up."""
-        partition = self.source.partition
-        if not self.book.balanced():
-            raise UnbalancedError(f"partition {partition}: records read and what became of them differ: {self.book}")
+        book = self.book
+        if not book.balanced():
+            raise self._unbalanced(
+                f"{book.consumed} records were read, but {book.counted} counted, {book.duplicate} repeated, "
+                f"{sum(book.dead.values())} dead letters and {sum(book.ignored.values())} ignored"
+            )
         held = self._buckets.sums()
-        for name, book in self._meter_books.items():
+        for name, meter in self._meter_books.items():
             events, value = held.pop(name, (0, 0))
-            if (book.events, book.value) != (events + book.total_events, value + book.total_value):
-                raise UnbalancedError(
-                    f"partition {partition}, meter {name}: counted {book.events} events worth "
-                    f"{totals.plain(book.value)}, but open buckets hold {events} worth {totals.plain(value)} "
-                    f"and totals {book.total_events} worth {totals.plain(book.total_value)}"
+            if (meter.events, meter.value) != (events + meter.total_events, value + meter.total_value):
+                raise self._unbalanced(
+                    f"meter {name} counted {meter.events} events worth {totals.plain(meter.value)}, but open windows "
+                    f"hold {events} worth {totals.plain(value)} and totals {meter.total_events} worth "
+                    f"{totals.plain(meter.total_value)}"
                 )
         if held:
-            raise UnbalancedError(f"partition {partition}: open buckets of meters that never counted: {sorted(held)}")
+            raise self._unbalanced(f"there are open windows of meters that never counted: {', '.join(sorted(held))}")
+
+    def _unbalanced(self, what: str) -> "UnbalancedError":
+        return UnbalancedError(
+            f"partition {self.source.partition}: {what}. The state is not to be trusted, and nothing is billed on it: "
+            "keep a copy, report this, and go on from a backup or with `tallyman reset`"
+        )
 
 
 class UnknownEntryError(Exception):
