@@ -290,8 +290,11 @@ class Delivery:
             self.hear(record, now)
 
     def reach(self, offset: int) -> None:
-        """There is no record below this offset that has not been read."""
-        self._journal.move(offset)
+        """There is no record below this offset that has not been read.
+
+        A commit says so even if nothing else has changed: who begins at what retention has deleted finds totals lost.
+        """
+        self._journal.reach(offset)
 
     def hear(self, record: Record, now: int) -> None:
         """Take what people decided, or Stripe reported: also before what lies before it is read.

@@ -16,19 +16,25 @@ class Journal(Generic[T]):
         self.offset = 0
         self._encode = encode
         self._moved = False
+        self._reached = False
         self._puts: dict[str, T | bytes] = {}
         self._deletes: dict[str, None] = {}
         self._appends: list[Append] = []
         self._new: set[str] = set()
 
     def __len__(self) -> int:
-        """How many totals have changed; a moved offset alone is no reason to commit."""
-        return len(self._puts) + len(self._appends)
+        """How many totals have changed; that the offset has moved is a reason to commit only where it is at the end."""
+        return len(self._puts) + len(self._appends) + self._reached
 
     def move(self, offset: int) -> None:
         """The offset of the next record to read."""
         self.offset = offset
         self._moved = True
+
+    def reach(self, offset: int) -> None:
+        """Nothing is left to read below this offset, where the next record will lie at the least."""
+        self.move(offset)
+        self._reached = True
 
     def begin(self, identifier: str) -> None:
         """A total is here that has no entry yet: if it finishes before the commit, it never gets one."""
@@ -72,6 +78,6 @@ class Journal(Generic[T]):
 
     def forget(self) -> None:
         """What was noted is durable."""
-        self._moved = False
+        self._moved = self._reached = False
         self._puts, self._deletes, self._appends = {}, {}, []
         self._new.clear()

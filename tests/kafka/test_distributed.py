@@ -7,7 +7,7 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.cimpl import NewPartitions
 
 from consumer.storage import Stage
-from consumer.storage.kafka_reading import ends_of
+from consumer.storage.kafka_reading import ends_of, witnessed
 from consumer.storage.kafka_topics import Topics
 from tests.kafka.harness import DAY, MINUTE, Bench, Service, Topic, iso, past_events, real_now, until
 
@@ -110,9 +110,15 @@ def test_a_log_of_totals_of_which_all_has_been_deleted_is_gone_on_with(on: Bench
     service.start()
     usage.produce()
     usage.until_billed(on, service)
-    service.stop()
-    totals = Topics.of(service.config["pipeline"]).totals
-    ends = ends_of({"bootstrap.servers": on.kafka.bootstrap_servers}, totals, range(PARTITIONS))
+    client, topics = {"bootstrap.servers": on.kafka.bootstrap_servers}, Topics.of(service.config["pipeline"])
+    totals, everywhere = topics.totals, range(PARTITIONS)
+
+    def read_to_the_end() -> bool:
+        return witnessed(client, topics, Stage.DELIVER, "", everywhere) == ends_of(client, totals, everywhere)
+
+    until(read_to_the_end, "the end of the totals log is committed")
+    service.kill()
+    ends = ends_of(client, totals, everywhere)
     places = [TopicPartition(totals, partition, end) for partition, end in ends.items()]
     for future in topic.admin.delete_records(places).values():
         future.result(30.0)

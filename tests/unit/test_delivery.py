@@ -234,6 +234,15 @@ def test_a_restart_changes_nothing_that_had_to_be_written() -> None:
     assert restored.commit(world.now) is None
 
 
+def test_the_end_of_the_log_is_committed_though_nothing_else_has_changed() -> None:
+    """Retention deletes what lies before it: a process that was killed in a quiet month would find totals lost."""
+    world = World()
+    world.delivery.reach(7)
+    assert world.delivery.due
+    world.commit()
+    assert (world.delivery.due, world.offset) == (False, 7)
+
+
 def test_nothing_restored_is_sent_before_a_commit_has_shown_that_it_is_still_ours() -> None:
     """Somebody who was away restores what he believes to be his. Its owner has just marked it and is about to send it:
     were the other one faster, the owner would find the event at Stripe, and take that for a collision.
