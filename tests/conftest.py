@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from consumer.sandbox.kafka import Kafka, KafkaUnavailableError, LocalKafka
@@ -25,6 +27,17 @@ _LOUD = {
     "no image: ": "THE IMAGE WAS NEITHER BUILT NOR RUN",
 }
 """How the reason begins for which a test is skipped, and what that comes to."""
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """Every command configures logging; the next test finds it as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers = [each for each in handlers if each in root.handlers]
+    root.setLevel(level)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

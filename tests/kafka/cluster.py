@@ -33,7 +33,8 @@ def running_kafka() -> Iterator[Kafka]:
             yield kafka
     else:
         try:
-            local = LocalKafka()
+            # Nobody kills it, and a busy machine must not make it look dead to its own controller.
+            local = LocalKafka(**{"broker.session.timeout.ms": "60000"})
         except KafkaUnavailableError as error:
             raise KafkaUnavailableError(f"{error}; or start Docker; or set {ADDRESS} to a Kafka's address") from error
         with local:

@@ -695,6 +695,7 @@ def test_a_broker_that_stands_still_never_leaves_half_a_commit(
     rng = random.Random(3)  # noqa: S311 - the same story each time
     with closing(Pipeline(own_kafka)) as pipeline, pipeline.store() as store, ThreadPoolExecutor(1) as process:
         until(lambda: restores(store), "the broker is ready for transactions")
+        pipeline.metadata(AGGREGATE)  # it joins its group, which a broker that stands still would hold up
         number = check_numbered(pipeline, store, 0, 0)
         for _ in range(3):
             committing = process.submit(commit_until_it_fails, store, number)

@@ -53,16 +53,10 @@ meters:
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Neither keys nor a configuration from outside, and the logging of other tests as it was."""
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither keys nor a configuration from outside."""
     for name in ("STRIPE_SECRET_KEY", "STRIPE_SECRET_KEY_FILE", "TALLYMAN_CONFIG", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    root.handlers = [each for each in handlers if each in root.handlers]
-    root.setLevel(level)
-    structlog.reset_defaults()
 
 
 class Place:

@@ -275,11 +275,13 @@ def test_no_client_that_fails_is_left_for_the_garbage_collector() -> None:
     """It may run in a thread that calls us for a token, and a client that is ended there takes the process with it."""
     gc.collect()
     gc.disable()
+    others = [each for each in gc.get_objects() if isinstance(each, AdminClient)]
     try:
         source = Source({"bootstrap.servers": "127.0.0.1:1", "log_level": "0"}, "usage-events", "docs")
         for ask in (lambda: source.topic_now(0.1), lambda: source.ends([0], 0.1)):
             with pytest.raises(SourceSilent):
                 ask()
-        assert [each for each in gc.get_objects() if isinstance(each, AdminClient)] == []
+        left = [each for each in gc.get_objects() if isinstance(each, AdminClient)]
+        assert len(left) == len(others)
     finally:
         gc.enable()
