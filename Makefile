@@ -12,7 +12,7 @@ demo: .venv/.run ## the whole service on this machine: no Kafka, no Stripe accou
 	@$(BIN)/tallyman demo
 
 test: .venv/.dev ## all tests, those on a real Kafka included
-	$(BIN)/python -m pytest -q --numprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q --numprocesses 5 --dist worksteal
 
 lint: .venv/.dev ## ruff, mypy --strict, the import rules
 	$(BIN)/ruff check .

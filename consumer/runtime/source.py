@@ -22,7 +22,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
 from consumer.storage import Unreachable
-from consumer.storage.kafka_client import REFUSING_US, administrator, answer, made
+from consumer.storage.kafka_client import AWAY, REFUSING_US, administrator, answer, made
 from consumer.tokens import Tokens
 
 T = TypeVar("T")
@@ -44,7 +44,6 @@ _MOVING: Final = frozenset(
     }
 )
 """A partition or a group has moved to another broker, or has just been created: the client leaves that to us."""
-_UNREACHABLE: Final = frozenset({"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE", *REFUSING_US})
 
 
 class SourceError(Exception):
@@ -252,7 +251,7 @@ class Source:
                 raise SourceSilent(str(failed)) from None
             except KafkaException as failed:
                 error = failed.args[0]
-                if error.name() in _UNREACHABLE:
+                if error.name() in AWAY:
                     admin.poll(0)
                     # A client keeps waiting for the one controller that it was told of, whoever it is by now.
                     self._admin = None

@@ -20,13 +20,22 @@ AGAIN_S: Final = 0.1
 REFUSING_US: Final = frozenset({"_AUTHENTICATION", "SASL_AUTHENTICATION_FAILED"})
 """Kafka does not believe who we are. It may the next time: tokens expire, and their issuers have outages, too."""
 
+AWAY: Final = frozenset(
+    {
+        *("_TRANSPORT", "_ALL_BROKERS_DOWN", "_FAIL", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "_RESOLVE", "_SSL"),
+        *("_DESTROY_BROKER", "_NODE_UPDATE"),
+        *REFUSING_US,
+    }
+)
+"""No broker can be reached, or the cluster has told the client that the one it was asking is not there any more."""
+
 PASSING: Final = frozenset(
     {
         *("NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "FENCED_LEADER_EPOCH", "UNKNOWN_LEADER_EPOCH"),
         *("NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "NOT_CONTROLLER"),
         *("REQUEST_TIMED_OUT", "NETWORK_EXCEPTION", "UNSTABLE_OFFSET_COMMIT"),
-        *("_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE", "_WAIT_COORD"),
-        *REFUSING_US,
+        "_WAIT_COORD",
+        *AWAY,
     }
 )
 """A partition or a group has moved to another broker or has just been created, or no broker can be reached."""
