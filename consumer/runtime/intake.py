@@ -24,7 +24,7 @@ from consumer.runtime.membership import Membership
 from consumer.runtime.restoring import Restoring
 from consumer.runtime.source import Ends, Silence, Source, SourceError
 from consumer.storage import Changes, CommitFailed, Log, Progress, Stage, Store
-from consumer.storage.kafka_client import AWAY
+from consumer.storage.kafka_client import PASSING
 
 log = structlog.get_logger()
 
@@ -42,7 +42,7 @@ END_S: Final = 0.9
 """How long the loop waits to be told the end of a log; it has to notice within a second that it is to stop."""
 CLOSE_S: Final = 5.0
 
-_PASSING: Final = AWAY | {"_MAX_POLL_EXCEEDED"}
+_PASSING: Final = PASSING | {"_MAX_POLL_EXCEEDED"}
 """Errors that the client gets over by itself. An outage of Kafka is for metrics and readiness, not for a restart."""
 
 _UNREADABLE: Final = [("ce_specversion", b"\xff")]

@@ -22,7 +22,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
 from consumer.storage import Unreachable
-from consumer.storage.kafka_client import AWAY, REFUSING_US, administrator, answer, made
+from consumer.storage.kafka_client import AWAY, PASSING, REFUSING_US, administrator, answer, made
 from consumer.tokens import Tokens
 
 T = TypeVar("T")
@@ -32,18 +32,6 @@ log = structlog.get_logger()
 REQUEST_S: Final = 10.0
 AGAIN_S: Final = 0.1
 _NOTE: Final = re.compile("totals ([0-9]+) outcomes ([0-9]+)")
-_MOVING: Final = frozenset(
-    {
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-        KafkaError.LEADER_NOT_AVAILABLE,
-        KafkaError.FENCED_LEADER_EPOCH,
-        KafkaError.UNKNOWN_LEADER_EPOCH,
-        KafkaError.NOT_COORDINATOR,
-        KafkaError.COORDINATOR_NOT_AVAILABLE,
-        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
-    }
-)
-"""A partition or a group has moved to another broker, or has just been created: the client leaves that to us."""
 
 
 class SourceError(Exception):
@@ -256,8 +244,10 @@ class Source:
                     # A client keeps waiting for the one controller that it was told of, whoever it is by now.
                     self._admin = None
                     raise SourceSilent(self._why_silent(error)) from None
-                if error.code() not in _MOVING or monotonic() > deadline:
+                if error.name() not in PASSING:
                     raise SourceError(self._explain(error)) from None
+                if monotonic() > deadline:
+                    raise SourceSilent(self._why_silent(error)) from None
             sleep(AGAIN_S)
             with suppress(KafkaException):
                 # Who leads a partition is asked for once and then believed for minutes, wrong or not.

@@ -33,12 +33,16 @@ PASSING: Final = frozenset(
     {
         *("NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "FENCED_LEADER_EPOCH", "UNKNOWN_LEADER_EPOCH"),
         *("NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "NOT_CONTROLLER"),
-        *("REQUEST_TIMED_OUT", "NETWORK_EXCEPTION", "UNSTABLE_OFFSET_COMMIT"),
+        *("REQUEST_TIMED_OUT", "NETWORK_EXCEPTION", "UNSTABLE_OFFSET_COMMIT", "OFFSET_NOT_AVAILABLE"),
+        *("BROKER_NOT_AVAILABLE", "REPLICA_NOT_AVAILABLE", "LISTENER_NOT_FOUND", "KAFKA_STORAGE_ERROR"),
         "_WAIT_COORD",
         *AWAY,
     }
 )
-"""A partition or a group has moved to another broker or has just been created, or no broker can be reached."""
+"""A partition or a group has moved to another broker or has just been created, or no broker can be reached.
+
+Kafka's protocol calls them retriable, but its client says so of next to none.
+"""
 
 _READING: Final = {
     "enable.auto.commit": False,

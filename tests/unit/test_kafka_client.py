@@ -31,10 +31,13 @@ class Broker:
         KafkaError._DESTROY_BROKER,
         KafkaError.NOT_LEADER_FOR_PARTITION,
         KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.OFFSET_NOT_AVAILABLE,
+        KafkaError.BROKER_NOT_AVAILABLE,
+        KafkaError.KAFKA_STORAGE_ERROR,
     ],
 )
 def test_an_outage_is_waited_for_however_the_client_says_it(failure: int) -> None:
-    """One that was taken for a refusal ended the process: the broker it was asking had left the cluster meanwhile."""
+    """Two that were taken for refusals ended processes: a broker had left the cluster, another had just begun to lead."""
     assert asked(Broker(failure), "what is asked for", within=5.0) == "it"
 
 
