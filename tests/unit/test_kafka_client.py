@@ -37,7 +37,7 @@ class Broker:
     ],
 )
 def test_an_outage_is_waited_for_however_the_client_says_it(failure: int) -> None:
-    """Two that were taken for refusals ended processes: a broker had left the cluster, another had just begun to lead."""
+    """Two that were taken for refusals ended processes: a broker had left the cluster, one had just begun to lead."""
     assert asked(Broker(failure), "what is asked for", within=5.0) == "it"
 
 
