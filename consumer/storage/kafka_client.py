@@ -35,7 +35,7 @@ PASSING: Final = frozenset(
         *("NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "NOT_CONTROLLER"),
         *("REQUEST_TIMED_OUT", "NETWORK_EXCEPTION", "UNSTABLE_OFFSET_COMMIT", "OFFSET_NOT_AVAILABLE"),
         *("BROKER_NOT_AVAILABLE", "REPLICA_NOT_AVAILABLE", "LISTENER_NOT_FOUND", "KAFKA_STORAGE_ERROR"),
-        "_WAIT_COORD",
+        *("_WAIT_COORD", "_NOENT"),  # the second: no partition that was asked about has a leader now
         *AWAY,
     }
 )
