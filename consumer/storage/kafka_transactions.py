@@ -144,7 +144,9 @@ class Transactions:
             try:
                 producer.send_offsets_to_transaction(*offsets, _until(deadline))
             except BaseException as failed:  # noqa: BLE001 - raised again below
-                answers.put(failed)
+                # Its traceback leads to this frame, and so to the producer, and to the queue that it is put into:
+                # garbage in a circle if nobody takes it out again, see ``answer``.
+                answers.put(failed.with_traceback(None))
             else:
                 answers.put(None)
 

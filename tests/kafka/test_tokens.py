@@ -22,10 +22,10 @@ from consumer.runtime import service
 from consumer.runtime.check import check
 from consumer.runtime.clocks import SystemClock
 from consumer.runtime.findings import Finding
-from consumer.sandbox.kafka import Kafka
+from consumer.sandbox.kafka import LocalKafka
 from consumer.sandbox.stripe import SECRET_KEY
-from consumer.storage import Refused
-from consumer.storage.kafka_transactions import Offsets, Record, Transactions
+from consumer.storage import Abandoned, Refused, kafka_transactions
+from consumer.storage.kafka_transactions import Offsets, Transactions
 from consumer.tokens import NoToken, Token
 from tests.kafka.cluster import SaslKafka, own
 from tests.kafka.harness import HOUR, METER, TOKENS, Bench, Service, Topic, bench, past_events, real_now, until
@@ -194,25 +194,37 @@ def checked(made: Service, issuer: Issuer) -> list[Finding]:
     return [*check(config, service.kafka_source(config, service.group_of(config)), SystemClock())]
 
 
-def test_a_producer_whose_commit_was_refused_is_not_left_for_the_garbage_collector(kafka: Kafka) -> None:
-    """As in tests/unit/test_tokens.py: what went wrong does not lead back to the client that it went wrong with."""
-    topic = Topic.create(kafka)
-    client = {"bootstrap.servers": kafka.bootstrap_servers, "log_level": "0"}
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_producer_whose_commit_was_refused_is_not_left_for_the_garbage_collector(
+    own_kafka: LocalKafka, given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in tests/unit/test_tokens.py: what went wrong does not lead back to the client that it went wrong with.
+
+    Nor where it went wrong after nobody waited for it any more.
+    """
+    topic = Topic.create(own_kafka)
+    client = {"bootstrap.servers": own_kafka.bootstrap_servers, "log_level": "0"}
     member = Consumer(client | {"group.id": topic.name})
     member.subscribe([topic.name])
     until(lambda: member.poll(0.1) is None and member.assignment(), "it is a member")
     was = member.consumer_group_metadata()
     member.close()
+    transactions = Transactions(client, topic.name, within=10.0)
     gc.collect()
     gc.disable()
     try:
         before = producers()
-        transactions = Transactions(client, topic.name, within=10.0)
-        with pytest.raises(Refused):
-            transactions.run([Record(topic.name, 0, b"k", b"v")], Offsets([TopicPartition(topic.name, 0, 1)], was))
+        transactions.settle()
         assert producers() == before + 1
+        if given_up:
+            monkeypatch.setattr(kafka_transactions, "OFFSETS_S", 0.2)
+            own_kafka.suspend()
+        with pytest.raises(Abandoned if given_up else Refused):
+            transactions.run([], Offsets([TopicPartition(topic.name, 0, 1)], was))
+        if given_up:
+            own_kafka.resume()
         transactions.close()
-        assert producers() == before
+        until(lambda: producers() == before, "none is left", within=30.0)
     finally:
         gc.enable()
 
