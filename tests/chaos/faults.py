@@ -267,11 +267,12 @@ class Faults:
         yield from self._at_work(worker)
 
     def _at_work(self, worker: Worker) -> Story:
-        """Until it answers: a signal that came before would find nobody who hears it."""
         yield lambda: worker.metrics() is not None
         worker.busy = False
 
     def _stopped(self, worker: Worker) -> Story:
+        # One that gave up its start has been started again a moment ago: it would not hear the signal yet.
+        yield lambda: worker.metrics() is not None
         worker.terminate()
         began = time.monotonic()
         yield lambda: worker.ended or time.monotonic() - began > STOP_WITHIN_S
