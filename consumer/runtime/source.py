@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 from confluent_kafka import (
+    OFFSET_INVALID,
     Consumer,
     IsolationLevel,
     KafkaError,
@@ -22,7 +23,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
 from consumer.storage import Unreachable
-from consumer.storage.kafka_client import AWAY, PASSING, REFUSING_US, administrator, answer, made
+from consumer.storage.kafka_client import AWAY, PASSING, REFUSING_US, administrator, answer, each_answered, made
 from consumer.tokens import Tokens
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ log = structlog.get_logger()
 REQUEST_S: Final = 10.0
 AGAIN_S: Final = 0.1
 _NOTE: Final = re.compile("totals ([0-9]+) outcomes ([0-9]+)")
+_NO_ANSWER: Final = KafkaError(KafkaError._TIMED_OUT, "the leader of a partition is silent")  # noqa: SLF001 - no other name
 
 
 class SourceError(Exception):
@@ -192,7 +194,7 @@ class Source:
 
         def ask(_: AdminClient) -> None:
             with closing(self.consumer()) as consumer:
-                consumer.commit(offsets=asked, asynchronous=False)
+                each_answered(consumer.commit(offsets=asked, asynchronous=False))
 
         self._answer(ask)
 
@@ -211,7 +213,7 @@ class Source:
 
         def ask(_: AdminClient) -> list[TopicPartition]:
             with closing(self.consumer()) as consumer:
-                return [p for p in consumer.committed(asked, timeout=REQUEST_S) if p.offset >= 0]
+                return [p for p in each_answered(consumer.committed(asked, timeout=REQUEST_S)) if p.offset >= 0]
 
         return self._answer(ask)
 
@@ -222,7 +224,11 @@ class Source:
             futures = admin.list_offsets(
                 asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout
             )
-            return {partition.partition: answer(future).offset for partition, future in futures.items()}
+            found = {partition.partition: answer(future).offset for partition, future in futures.items()}
+            if OFFSET_INVALID in found.values():
+                # Of a leader that has not answered the client tells nothing, as long as others have.
+                raise KafkaException(_NO_ANSWER)
+            return found
 
         return self._answer(ask, timeout)
 
@@ -239,19 +245,17 @@ class Source:
                 raise SourceSilent(str(failed)) from None
             except KafkaException as failed:
                 error = failed.args[0]
-                if error.name() in AWAY:
-                    admin.poll(0)
-                    # A client keeps waiting for the one controller that it was told of, whoever it is by now.
-                    self._admin = None
-                    raise SourceSilent(self._why_silent(error)) from None
                 if error.name() not in PASSING:
                     raise SourceError(self._explain(error)) from None
-                if monotonic() > deadline:
+                if error.name() in AWAY or monotonic() > deadline:
+                    admin.poll(0)
+                    # A client keeps asking the controller and the leaders that it was told of, whoever they are by now.
+                    self._admin = None
                     raise SourceSilent(self._why_silent(error)) from None
             sleep(AGAIN_S)
             with suppress(KafkaException):
                 # Who leads a partition is asked for once and then believed for minutes, wrong or not.
-                admin.list_topics(self.topic, timeout=timeout)
+                admin.list_topics(self.topic, timeout=max(AGAIN_S, deadline - monotonic()))
 
     def _administrator(self) -> AdminClient:
         admin = self._admin

@@ -6,7 +6,7 @@ from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any, Final, TypeVar
 
-from confluent_kafka import Consumer, KafkaException
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from consumer.storage import StorageError, Unreachable
@@ -95,6 +95,14 @@ def answer(future: Future[T]) -> T:
     if failed is not None:
         raise type(failed)(*failed.args)
     return future.result()
+
+
+def each_answered(found: list[TopicPartition]) -> list[TopicPartition]:
+    """What a consumer was told of partitions; raises what was wrong with one, of which the client raises nothing."""
+    for each in found:
+        if each.error is not None:
+            raise KafkaException(each.error)
+    return found
 
 
 NEW: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})

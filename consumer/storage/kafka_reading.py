@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, cast
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from consumer.storage import Facts, Log, Logged, Stage, StorageError, Unreachable
-from consumer.storage.kafka_client import PASSING, REQUEST_S, administrator, answer, asked, reader
+from consumer.storage.kafka_client import PASSING, REQUEST_S, administrator, answer, asked, each_answered, reader
 from consumer.storage.kafka_records import POSITION_KEY, Position, decode_position, mark_in
 from consumer.storage.kafka_topics import Topics, partitions_of
 
@@ -160,7 +160,7 @@ def witnessed(
     wanted = [TopicPartition(topic, partition) for partition in partitions]
     with closing(reader(client, group, committed=True)) as consumer:
         found = asked(
-            lambda within: consumer.committed(wanted, timeout=min(within, REQUEST_S)),
+            lambda within: each_answered(consumer.committed(wanted, timeout=min(within, REQUEST_S))),
             f"the offsets of the group {group}, which a transaction may hold up (kafka-transactions.sh list, "
             "find-hanging and abort show and end it)",
             within=PATIENCE_S,
@@ -215,15 +215,11 @@ def since(client: Mapping[str, Any], topic: str, partitions: Iterable[int], time
     ends = ends_of(client, topic, partitions)  # first: what is appended in between must not be skipped
     places = [TopicPartition(topic, partition, time) for partition in partitions]
     with closing(reader(client, topic, committed=False)) as consumer:
-
-        def ask(within: float) -> list[TopicPartition]:
-            found = consumer.offsets_for_times(places, timeout=min(within, REQUEST_S))
-            for each in found:
-                if each.error is not None:
-                    raise KafkaException(each.error)
-            return found
-
-        found = asked(ask, f"the offsets of a time in {topic}", within=PATIENCE_S)
+        found = asked(
+            lambda within: each_answered(consumer.offsets_for_times(places, timeout=min(within, REQUEST_S))),
+            f"the offsets of a time in {topic}",
+            within=PATIENCE_S,
+        )
     return {each.partition: each.offset if each.offset >= 0 else ends[each.partition] for each in found}
 
 

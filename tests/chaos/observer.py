@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_INVALID, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
@@ -152,7 +152,10 @@ class Observer:
 
         def ask(within: float) -> dict[int, int]:
             found = self._admin.list_offsets(wanted, isolation_level=isolation, request_timeout=min(within, ASK_S))
-            return {place.partition: future.result().offset for place, future in found.items()}
+            ends = {place.partition: future.result().offset for place, future in found.items()}
+            if OFFSET_INVALID in ends.values():
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the leader of a partition is silent"))
+            return ends
 
         return asked(ask, f"the ends of {topic}", within=MOVED_S, refresh=self._admin)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,11 +11,14 @@ from confluent_kafka.admin._acl import AclBinding, AclBindingFilter, AclOperatio
 from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 
+from consumer.runtime.source import Ends, Source, SourceError, SourceSilent
 from consumer.sandbox.kafka import LocalKafka
 from consumer.sandbox.kafka_cluster import LocalCluster
-from consumer.storage import Stage
+from consumer.storage import Stage, StorageError
+from consumer.storage.kafka_reading import witnessed
+from consumer.storage.kafka_topics import Topics
 from tests.kafka.cluster import own
-from tests.kafka.harness import Bench, Service, Topic, bench, until
+from tests.kafka.harness import Bench, Service, Topic, bench, past_events, real_now, until
 from tests.kafka.test_distributed import Usage, owned, worker
 
 pytestmark = pytest.mark.kafka
@@ -120,6 +123,39 @@ def test_a_broker_that_goes_away_and_comes_back_costs_nothing(
 
 
 @pytest.mark.slow
+def test_while_a_leader_is_silent_its_partitions_have_no_ends() -> None:
+    """Kafka's client then gives those of the others, and for these a number below zero, as if all had been read."""
+    with own(LocalCluster) as kafka:
+        topic = Topic.create(kafka, 6)
+        for partition in range(6):
+            past_events(topic, {"cus_a": 1}, at=real_now(), partition=partition)
+        source = Source({"bootstrap.servers": kafka.bootstrap_servers}, topic.name, "group")
+        everywhere = range(6)
+        began = source.ends(everywhere)
+        assert min(began.values()) > 0
+
+        def known() -> bool:
+            try:
+                ends = source.ends(everywhere, 1.0)
+            except SourceSilent:
+                return False
+            assert ends == began
+            assert source.starts(everywhere, 0) == dict.fromkeys(everywhere, 0)
+            return True
+
+        assert known()
+        for fault in ("suspend", "kill"):
+            leader = kafka.nodes[1]
+            getattr(leader, fault)()
+            assert not known()
+            until(known, "another leads", within=40.0)
+            (leader.start if fault == "kill" else leader.resume)()
+            kafka.until_whole()
+            kafka.balance()
+            until(known, "it leads again", within=40.0)
+
+
+@pytest.mark.slow
 def test_a_cluster_that_refuses_writes_and_then_loses_its_quorum_is_waited_for(tmp_path: Path) -> None:
     """What is read cannot be committed, so it is read again until it can be."""
     with own(LocalCluster) as kafka, bench(kafka, tmp_path) as on:
@@ -191,3 +227,31 @@ def test_a_log_that_takes_no_record_of_our_size_stops_the_service_until_it_does(
     service.start()
     usage.until_billed(on, service)
     service.stop()
+
+
+def test_offsets_that_may_not_be_seen_are_not_taken_for_none() -> None:
+    """As if nothing had ever been read. Kafka's client says it of each partition, and raises nothing."""
+    with own(guarded) as kafka:
+        topic = Topic.create(kafka, 2)
+        client = {"bootstrap.servers": kafka.bootstrap_servers}
+        topics = Topics.of("pipeline")
+        source = Source(client, topic.name, topics.group(Stage.AGGREGATE))
+        source.commit({0: 5}, Ends(1, 1))
+
+        def seen() -> list[dict[int, int]]:
+            return [source.committed([0]), witnessed(client, topics, Stage.AGGREGATE, topic.name, [0])]
+
+        assert seen() == [{0: 5}] * 2
+        forbidden = rule(AclBinding, topic.name, AclOperation.DESCRIBE, AclPermissionType.DENY)
+        topic.admin.create_acls([forbidden])[forbidden].result(10.0)
+        until(lambda: refused(lambda: source.committed([0])), "it is forbidden")
+        with pytest.raises(StorageError, match="TOPIC_AUTHORIZATION_FAILED"):
+            witnessed(client, topics, Stage.AGGREGATE, topic.name, [0])
+
+
+def refused(ask: Callable[[], object]) -> bool:
+    try:
+        ask()
+    except SourceError as failed:
+        return "refuses access to the topic" in str(failed)
+    return False
