@@ -1,7 +1,7 @@
 """The first start of a pipeline on Kafka, which any number of processes may make at once, and a source that grew."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from time import monotonic, sleep
@@ -41,7 +41,18 @@ def positions(client: Mapping[str, Any], topics: Topics, stage: Stage) -> dict[i
     Reads only the ends of the state's partitions: the position is the last record of each commit.
     """
     topic = topics.state(stage)
-    ends = ends_of(client, topic, range(partition_count(client, topic)))
+    everywhere = range(partition_count(client, topic))
+    found = _positions(client, topic, everywhere)
+    if found and (missing := [partition for partition in everywhere if partition not in found]):
+        # A transaction that begins all of them may have been seen in some, and not in others, of which the ends were
+        # asked for before it.
+        found |= _positions(client, topic, missing)
+    return {partition: position for partition, position in found.items() if position is not None}
+
+
+def _positions(client: Mapping[str, Any], topic: str, partitions: Iterable[int]) -> dict[int, Position | None]:
+    """None for a partition that has been reset."""
+    ends = ends_of(client, topic, partitions)
     found: dict[int, Position | None] = {}
     unread, tail = {partition: end for partition, end in ends.items() if end}, TAIL
     while unread:
@@ -53,7 +64,7 @@ def positions(client: Mapping[str, Any], topics: Topics, stage: Stage) -> dict[i
                     found[record.partition()] = None if value is None else decode_position(value)
         unread = {p: end for p, end in unread.items() if p not in found and starts[p]}
         tail *= 16
-    return {partition: position for partition, position in found.items() if position is not None}
+    return found
 
 
 def begin(

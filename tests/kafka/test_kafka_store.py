@@ -8,7 +8,7 @@ import random
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -51,6 +51,7 @@ from consumer.storage import (
     StorageError,
     Unreachable,
     kafka_reading,
+    kafka_start,
     kafka_transactions,
 )
 from consumer.storage import kafka as kafka_store
@@ -229,6 +230,22 @@ def test_before_the_first_start_there_is_nothing_and_then_every_partition_of_bot
     with pipeline.store() as store:
         assert restored(store, AGGREGATE, 2) == (7, {b"k": b"v"})
         assert [restored(store, DELIVER, partition) for partition in range(3)] == [(0, {})] * 3
+
+
+def test_a_first_start_that_comes_while_one_looks_is_seen_as_a_whole(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else the partitions that were looked at before it would be taken for lost."""
+
+    def one_by_one(client: dict[str, Any], topic: str, partitions: Iterable[int]) -> dict[int, int]:
+        monkeypatch.undo()
+        first, *others = partitions
+        before = ends_of(client, topic, [first])
+        pipeline.begin()
+        return before | ends_of(client, topic, others)
+
+    monkeypatch.setattr(kafka_start, "ends_of", one_by_one)
+    assert positions(pipeline.client, pipeline.topics, AGGREGATE).keys() == {0, 1, 2}
 
 
 def _begin(client: dict[str, Any], facts: Facts, go: Any, said: Connection) -> None:
