@@ -365,10 +365,11 @@ def test_a_group_that_somebody_else_reads_with_is_not_our_end(on: Bench) -> None
 
 def test_past_events_are_found_again_after_a_restart_in_the_middle_of_the_log(on: Bench) -> None:
     topic = Topic.create(on.kafka, arrival="create_time")
-    past_events(topic, {"cus_a": 5}, at=real_now() - HOUR, closed=False)
+    at = real_now() - HOUR
+    past_events(topic, {"cus_a": 5}, at=at, closed=False)
     service = on.service(topic)
     has_run(service, until_records=1)
-    past_events(topic, {"cus_a": 6}, at=real_now() - HOUR)
+    past_events(topic, {"cus_a": 6}, at=at)
     service.start()
     service.until(lambda: on.billed() == {"cus_a": "11"}, "both are billed")
     service.stop()
