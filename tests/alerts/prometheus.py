@@ -58,8 +58,9 @@ class Prometheus:
         port, _ = free_ports()
         self._address = f"127.0.0.1:{port}"
         self.began = 0.0
-        """Seconds since the epoch."""
+        """When it had scraped all of them, in seconds since the epoch."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._scraped = sum(map(len, targets.values()))
         folder.mkdir(parents=True)
         self._write(targets)
         self._command = [
@@ -86,14 +87,15 @@ class Prometheus:
         (self._folder / "prometheus.yml").write_text(yaml.safe_dump(config))
 
     def __enter__(self) -> Self:
-        self.began = time.time()
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
         deadline = time.monotonic() + 30
-        while not self._ready():
+        # It begins to scrape some seconds after it is ready: what is over by then it would never have seen.
+        while not (self._ready() and len(self.now("up")) == self._scraped):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Prometheus does not start:\n{(self._folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
+        self.began = time.time()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
