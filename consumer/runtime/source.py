@@ -9,7 +9,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 from confluent_kafka import (
-    OFFSET_INVALID,
     Consumer,
     IsolationLevel,
     KafkaError,
@@ -23,17 +22,25 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.admin._resource import ResourceType
 
 from consumer.storage import Unreachable
-from consumer.storage.kafka_client import AWAY, PASSING, REFUSING_US, administrator, answer, each_answered, made
+from consumer.storage.kafka_client import (
+    AGAIN_S,
+    AWAY,
+    PASSING,
+    REFUSING_US,
+    REQUEST_S,
+    administrator,
+    answer,
+    each_answered,
+    made,
+    offsets,
+)
 from consumer.tokens import Tokens
 
 T = TypeVar("T")
 
 log = structlog.get_logger()
 
-REQUEST_S: Final = 10.0
-AGAIN_S: Final = 0.1
 _NOTE: Final = re.compile("totals ([0-9]+) outcomes ([0-9]+)")
-_NO_ANSWER: Final = KafkaError(KafkaError._TIMED_OUT, "the leader of a partition is silent")  # noqa: SLF001 - no other name
 
 
 class SourceError(Exception):
@@ -219,18 +226,8 @@ class Source:
 
     def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, timeout: float = REQUEST_S) -> dict[int, int]:
         asked = {TopicPartition(self.topic, p): spec for p in partitions}
-
-        def ask(admin: AdminClient) -> dict[int, int]:
-            futures = admin.list_offsets(
-                asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout
-            )
-            found = {partition.partition: answer(future).offset for partition, future in futures.items()}
-            if OFFSET_INVALID in found.values():
-                # Of a leader that has not answered the client tells nothing, as long as others have.
-                raise KafkaException(_NO_ANSWER)
-            return found
-
-        return self._answer(ask, timeout)
+        isolation = IsolationLevel.READ_UNCOMMITTED
+        return self._answer(lambda admin: offsets(admin, asked, isolation, timeout), timeout)
 
     def _answer(self, ask: Callable[[AdminClient], T], timeout: float = REQUEST_S) -> T:
         deadline = monotonic() + timeout

@@ -6,8 +6,9 @@ from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any, Final, TypeVar
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_INVALID, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from consumer.storage import StorageError, Unreachable
 from consumer.tokens import NoToken, Tokens
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 REQUEST_S: Final = 10.0
 AGAIN_S: Final = 0.1
+
+_SILENT: Final = KafkaError(KafkaError._TIMED_OUT, "the leader of a partition is silent")  # noqa: SLF001 - no other name
 
 REFUSING_US: Final = frozenset({"_AUTHENTICATION", "SASL_AUTHENTICATION_FAILED"})
 """Kafka does not believe who we are. It may the next time: tokens expire, and their issuers have outages, too."""
@@ -95,6 +98,20 @@ def answer(future: Future[T]) -> T:
     if failed is not None:
         raise type(failed)(*failed.args)
     return future.result()
+
+
+def offsets(
+    admin: AdminClient, wanted: dict[TopicPartition, OffsetSpec], isolation: IsolationLevel, within: float
+) -> dict[int, int]:
+    """Ends, beginnings or offsets of a time of partitions of one topic; raises what went wrong, after so many seconds.
+
+    Of a leader that has not answered the client tells nothing, as long as others have: its offsets are then -1001.
+    """
+    futures = admin.list_offsets(wanted, isolation_level=isolation, request_timeout=within)
+    found = {place.partition: answer(future).offset for place, future in futures.items()}
+    if OFFSET_INVALID in found.values():
+        raise KafkaException(_SILENT)
+    return found
 
 
 def each_answered(found: list[TopicPartition]) -> list[TopicPartition]:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
-from confluent_kafka import OFFSET_INVALID, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from consumer import totals
 from consumer.sandbox.kafka import Kafka
 from consumer.storage import Log, Stage
-from consumer.storage.kafka_client import asked
+from consumer.storage.kafka_client import asked, offsets
 from consumer.storage.kafka_topics import Topics
 
 ASK_S = 5.0
@@ -151,11 +151,7 @@ class Observer:
         wanted = {TopicPartition(topic, partition): latest for partition in partitions}
 
         def ask(within: float) -> dict[int, int]:
-            found = self._admin.list_offsets(wanted, isolation_level=isolation, request_timeout=min(within, ASK_S))
-            ends = {place.partition: future.result().offset for place, future in found.items()}
-            if OFFSET_INVALID in ends.values():
-                raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the leader of a partition is silent"))
-            return ends
+            return offsets(self._admin, wanted, isolation, min(within, ASK_S))
 
         return asked(ask, f"the ends of {topic}", within=MOVED_S, refresh=self._admin)
 
